@@ -1,0 +1,295 @@
+"""Job: everything about one run, the typed tree of a job.toml.
+
+Each field is documented by the string below it; `fedlora init` writes those strings as
+comments. A configuration object stops at the builder: classes take plain arguments.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A table of the job file; unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    name: str = "builtin:tiny-llama"
+    """`builtin:tiny-llama`, a local folder, or a hub id. Models load safetensors only."""
+    task: Literal["causal-lm", "sequence-classification", "image-classification"] = "causal-lm"
+    """What the model is trained for; a classification task adds a trained head."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the frozen base; the adapter is always float32."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+
+class DataSection(Section):
+    """Where examples come from and how a row becomes an example."""
+
+    source: str = "builtin:stdlib"
+    """`builtin:stdlib`, a .jsonl/.csv/.tsv/.parquet file, a folder, or a hub id.
+    A folder that has one sub-folder per client gives each client its own data; then
+    `partition.kind` is "folders". A folder of class folders with pictures is labelled."""
+    test: str | None = None
+    """A file for the global held-out figures; by default all clients' validation parts."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    format: Literal["auto", "text", "completion", "chat", "labelled-text", "labelled-image"] = "auto"
+    """What a row is: plain text, prompt and completion, chat messages, or a labelled text
+    or picture. "auto" follows the task and the columns that exist."""
+    text: str = "text"
+    """Column of plain or labelled text."""
+    label: str = "label"
+    """Column of the label (a string or an integer)."""
+    prompt: str = "prompt"
+    """Column of the prompt; the loss does not count it."""
+    completion: str = "completion"
+    """Column of the completion; the loss counts it alone."""
+    messages: str = "messages"
+    """Column of a list of {role, content}; the loss counts the assistant's turns."""
+    labels: list[str] = []
+    """Class names in order; by default those found in the data, sorted. Name them when
+    clients run on their own machines, where nobody sees all the data."""
+    image: str = "image"
+    """Column of a picture (bytes, path, or decoded)."""
+    max_length: Positive = 128
+    """Longest example in tokens; longer ones are cut and counted."""
+    packed: bool = True
+    """Plain text only: join documents and cut them into blocks of `max_length`."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Part of each client's rows that is kept for its validation."""
+    max_validation: Positive | None = None
+    """At most so many validation examples per client."""
+    max_rows: Positive | None = None
+    """Use only the first rows of the source (after a seeded shuffle)."""
+
+
+class PartitionSection(Section):
+    """How one source is divided among clients (by flwr-datasets, except "folders")."""
+
+    kind: Literal["iid", "dirichlet", "shards", "pathological", "natural", "folders"] = "natural"
+    """iid; dirichlet skew over `column`; shards of rows sorted by `column`; a fixed number
+    of classes per client; one client per value of `column`; or one sub-folder per client."""
+    clients: Positive | None = 4
+    """Number of clients. For "natural" and "folders" the data decide; then this keeps the
+    first so many, by name."""
+    column: str | None = None
+    """Column that skews or names the clients; by default the label (`area` for the
+    builtin data)."""
+    alpha: Annotated[float, Field(gt=0.0)] = 0.5
+    """Dirichlet concentration; smaller is more skewed."""
+    min_size: Positive = 2
+    """Fewest rows a Dirichlet client may get."""
+    per_client: Positive = 2
+    """Shards or classes per client."""
+
+
+class AdapterSection(Section):
+    """What is trained on top of the frozen base."""
+
+    method: str = "lora"
+    """lora, rslora, dora, pissa, vera, miss, bone-row or bone-col."""
+    rank: Positive = 8
+    """Rank r (block size b for bone)."""
+    alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """Numerator of the scale alpha / r; by default 2 * rank (rank for pissa)."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names, name endings or regular expressions of the linear layers to adapt.
+    "all-linear" is every linear layer but heads and embeddings."""
+    heads: list[str] | Literal["auto"] = "auto"
+    """Modules trained in full beside the adapter; "auto" is the classification head."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    options: dict[str, Any] = {}
+    """Options of the method."""
+    start: str | None = None
+    """Folder of an adapter to start from instead of a fresh one."""
+
+
+class TrainingSection(Section):
+    """One client's local training."""
+
+    local_steps: Annotated[int, Field(ge=0)] = 20
+    """Optimiser steps per client and round."""
+    batch_size: Positive = 8
+    """Examples per micro-batch."""
+    accumulation: Positive = 1
+    """Micro-batches per optimiser step; the loss is weighted by tokens over all of them."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser of the adapter and the heads."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-3
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay (L2 for sgd)."""
+    momentum: Fraction = 0.0
+    """Momentum of sgd."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the whole run, after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up at the start of the run."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Clip the gradient of a step to this L2 norm; leave out for no clipping."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 runs the forward pass under autocast."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Reset the optimiser every round, or keep each client's moments at the client."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes; the order of data does not depend on it."""
+
+
+class FederationSection(Section):
+    """Who takes part and how updates are merged."""
+
+    strategy: str = "fedit"
+    """fedit, ffa-lora, rolora, `file.py:Class` or `package.module:Class`."""
+    strategy_options: dict[str, Any] = {}
+    """Options of the strategy."""
+    rounds: Positive = 5
+    """Rounds of the run."""
+    clients_per_round: Positive | None = None
+    """Clients chosen per round; by default all."""
+    quorum: Positive | None = None
+    """Fewest updates a round needs; by default two thirds of those chosen, rounded up."""
+    deadline_s: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds after which a round closes (virtual seconds in a simulation)."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often a round below quorum is tried again before the run fails."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weight of an update in the average."""
+    max_update_norm: Annotated[float, Field(gt=0.0)] = 1e4
+    """An update with a larger L2 norm is rejected."""
+    max_examples: Annotated[float, Field(gt=0.0)] = 1e7
+    """An update that claims more examples is rejected."""
+
+
+class Hostile(Section):
+    """Some clients that misbehave."""
+
+    kind: Literal[
+        "nan", "huge-norm", "wrong-shape", "replay", "sign-flip", "scale", "label-flip", "shift"
+    ]
+    """nan, huge-norm, wrong-shape and replay leave the protocol's bounds and must be
+    rejected; sign-flip, scale, label-flip and (colluding) shift stay inside them."""
+    clients: list[str] = []
+    """Names of the clients; or use `fraction`."""
+    fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Part of all clients, chosen by seed."""
+    strength: Annotated[float, Field(gt=0.0)] = 1.0
+    """Factor of sign-flip, scale and shift. A shift is `strength` times the norm of the
+    client's own honest update, in one direction that all of them share."""
+
+
+class ScenarioSection(Section):
+    """What a simulation adds to an ideal network. All of it is seeded."""
+
+    dropout: Fraction = 0.0
+    """Probability that a chosen client does not answer in a round."""
+    step_s: NonNegative = 1.0
+    """Virtual seconds of one local step on an ordinary client."""
+    stragglers: Fraction = 0.0
+    """Part of the clients that are slow."""
+    slowdown: Annotated[float, Field(ge=1.0)] = 10.0
+    """How many times slower they are."""
+    ranks: list[Positive] = []
+    """Unequal hardware: clients, in order of name, take these ranks in turn."""
+    hostile: list[Hostile] = []
+    """Groups of clients that misbehave."""
+
+
+class EvaluationSection(Section):
+    """What is measured besides the training loss."""
+
+    every: Positive = 1
+    """Rounds between evaluations; the last round is always evaluated."""
+    batch_size: Positive = 16
+    """Examples per forward pass."""
+    exact_match: bool = False
+    """Also generate completions and compare them exactly (completion data only)."""
+    max_new_tokens: Positive = 32
+    """Longest generated completion in tokens."""
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    name: str = "fedlora"
+    """Name of the run; part of the default folder name."""
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    """Derives every random stream by name."""
+    engine: Literal["local"] = "local"
+    """local: all clients in this process."""
+    threads: Positive = 1
+    """CPU threads of torch. Sums depend on it, so it belongs to the job."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    keep_rounds: Annotated[int, Field(ge=2)] = 2
+    """Committed rounds kept on disk, besides every `keep_every`-th."""
+    keep_every: Positive = 10
+    """Every so many rounds one is kept for good."""
+
+
+class Job(Section):
+    """The whole job file."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    partition: PartitionSection = PartitionSection()
+    adapter: AdapterSection = AdapterSection()
+    training: TrainingSection = TrainingSection()
+    federation: FederationSection = FederationSection()
+    scenario: ScenarioSection = ScenarioSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Job":
+        partition, federation = self.partition, self.federation
+        problems = []
+        if partition.clients is None and partition.kind not in ("natural", "folders"):
+            problems.append(
+                f'partition.clients is missing; partition.kind = "{partition.kind}" needs a number'
+            )
+        chosen = federation.clients_per_round
+        if chosen and partition.clients and chosen > partition.clients:
+            problems.append(
+                f"federation.clients_per_round = {chosen} is more than partition.clients = "
+                f"{partition.clients}; choose at most that"
+            )
+        most = chosen or partition.clients
+        if federation.quorum and most and federation.quorum > most:
+            problems.append(
+                f"federation.quorum = {federation.quorum} is more than the {most} clients of a "
+                "round; choose at most that"
+            )
+        if any(hostile.kind == "label-flip" for hostile in self.scenario.hostile) and (
+            self.model.task == "causal-lm"
+        ):
+            problems.append(
+                'scenario.hostile has kind "label-flip", which needs labels; '
+                'model.task = "causal-lm" has none'
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved job; two runs with the same digest do the same."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,140 @@
+"""Reads a job.toml, applies overrides and reports every problem at once."""
+
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from fedlora.config.job import Job
+from fedlora.errors import ConfigError, near_miss
+
+# tables that later versions honour: refused by name, never ignored
+NOT_YET = {
+    "privacy": "this version trains without differential privacy",
+    "federation.wrappers": "this version has no wrappers around strategies",
+}
+
+
+def load_job(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    known: Mapping[str, Collection[str]] | None = None,
+) -> Job:
+    """The job in `path` (or the default job) with `overrides` applied.
+
+    Args:
+        path: a TOML file; None is the default job.
+        overrides: `section.key=value`, the value in TOML or a bare string.
+        known: dotted key -> names it may take; a name with ":" is a plug-in and is let through.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    tree = _read(path) if path else {}
+    return parse_job(tree, overrides, known)
+
+
+def parse_job(
+    tree: dict[str, Any],
+    overrides: Sequence[str] = (),
+    known: Mapping[str, Collection[str]] | None = None,
+) -> Job:
+    """The job in a tree of plain values; see `load_job`."""
+    problems: list[str] = []
+    for override in overrides:
+        problems += _apply(tree, override)
+    for key, why in NOT_YET.items():
+        if _pop(tree, key) is not None:
+            problems.append(f"{key} is not supported: {why}; remove it")
+    for key, names in (known or {}).items():
+        problems += _unknown_name(tree, key, names)
+    try:
+        job = Job.model_validate(tree)
+    except ValidationError as e:
+        for error in e.errors():
+            problems += _explain(error)
+    if problems:
+        raise ConfigError(*problems)
+    return job
+
+
+def dump_job(job: Job) -> str:
+    """The resolved job as TOML; `load_job` of it gives an equal job."""
+    return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True), multiline_strings=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"job file {path} does not exist; write one with: fedlora init {path}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"job file {path} cannot be read: {e}") from e
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"job file {path} is not valid TOML: {e}") from e
+
+
+def _apply(tree: dict[str, Any], override: str) -> list[str]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        return [f"override {override!r} is not of the form section.key=value"]
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    node: Any = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            return [f"override {override!r}: {name} is a value, not a table"]
+    node[last] = value
+    return []
+
+
+def _pop(tree: dict[str, Any], key: str) -> Any:
+    *parents, last = key.split(".")
+    node: Any = tree
+    for name in parents:
+        node = node.get(name) if isinstance(node, dict) else None
+    return node.pop(last, None) if isinstance(node, dict) else None
+
+
+def _unknown_name(tree: dict[str, Any], key: str, names: Collection[str]) -> list[str]:
+    section, field = key.split(".")
+    table = tree.get(section)
+    name = table.get(field) if isinstance(table, dict) else None
+    if not isinstance(name, str) or name in names or ":" in name:
+        return []
+    return [f'{key} = "{name}" is not known{near_miss(name, names)}; known: {", ".join(names)}']
+
+
+def _explain(error: Any) -> list[str]:
+    location = [str(part) for part in error["loc"] if part not in ("list[str]", "list[constrained-int]")]
+    key = ".".join(part for part in location if not part.startswith("literal["))
+    kind, found = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        fields = list(_section(location[:-1]).model_fields)
+        return [f"{key} is not a known key{near_miss(location[-1], fields)}; known: {', '.join(fields)}"]
+    if kind == "literal_error":
+        expected = error["ctx"]["expected"]
+        names = expected.replace("'", "").replace(" or ", ", ").split(", ")
+        return [f"{key} = {found!r} is not known{near_miss(str(found), names)}; known: {', '.join(names)}"]
+    if kind == "value_error":
+        return str(error["ctx"]["error"]).split("\n")
+    return [f"{key} = {found!r}: {error['msg'][0].lower()}{error['msg'][1:]}"]
+
+
+def _section(location: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Job
+    for part in location:
+        if part in section.model_fields:
+            annotation: Any = section.model_fields[part].annotation
+            inner = getattr(annotation, "__args__", (annotation,))[0]
+            section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else section
+    return section

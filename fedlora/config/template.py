@@ -1,0 +1,51 @@
+"""The commented job.toml that `fedlora init` writes, made from the fields' own docs."""
+
+import textwrap
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel
+
+from fedlora.config.job import Hostile, Job
+
+HEADING = """\
+# A fedlora job: one file for the whole life of a run.
+# Every value below is the default; a line that starts with "# key =" is an option that is off.
+# Run it with:  fedlora simulate job.toml
+"""
+
+
+def render_template() -> str:
+    """TOML text with every field, its documentation and its default."""
+    parts = [HEADING]
+    for name, field in Job.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        parts.append(f"\n# {(section.__doc__ or '').splitlines()[0]}\n[{name}]")
+        for key, option in section.model_fields.items():
+            parts.append(_comment(option.description or ""))
+            parts.append(_assignment(key, option.default))
+    parts.append("\n# One group of clients that misbehave; the table may be repeated.")
+    parts.append("# [[scenario.hostile]]")
+    for key, option in Hostile.model_fields.items():
+        parts.append(_comment(option.description or ""))
+        default = "sign-flip" if option.is_required() else option.default
+        parts.append(f"# {_assignment(key, default)}")
+    return "\n".join(parts) + "\n"
+
+
+def _comment(text: str) -> str:
+    return textwrap.fill(
+        " ".join(text.split()), 96, initial_indent="# ", subsequent_indent="# "
+    )
+
+
+def _assignment(key: str, value: Any) -> str:
+    if value is None:
+        return f"# {key} ="
+    if value == {}:
+        return f"# {key} = {{}}"
+    if key == "hostile":
+        return "# hostile: see the table at the end"
+    return tomli_w.dumps({key: value}).strip()

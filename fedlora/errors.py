@@ -1,0 +1,93 @@
+"""Every exception a user or a peer can cause, and the exit code it ends with.
+
+    FedloraError
+    ├── ConfigError          job file, override or combination of settings        exit 2
+    ├── DataError            data file, column, row or partition                  exit 2
+    ├── ModelError           base model missing, foreign or of another kind       exit 2
+    ├── AdapterError         adapter file or spec that does not fit               exit 2
+    ├── RunFolderError       run folder corrupt, locked or of another job         exit 2
+    ├── RunFailed            the run stopped; what was committed stands           exit 3
+    │   ├── QuorumFailed     too few updates, also after the retries
+    │   ├── StorageError     disk full or unwritable
+    │   └── StrategyError    a strategy raised or returned something unusable
+    └── UpdateRejected       one client's update; never ends a run
+
+Messages name the object, what was found, what was expected and what to do.
+"""
+
+from difflib import get_close_matches
+from collections.abc import Iterable
+
+EXIT_USAGE = 2
+EXIT_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+
+class FedloraError(Exception):
+    """Base of every error that fedlora raises on purpose."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(FedloraError):
+    """One or more problems in a job; `problems` lists them all."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataError(FedloraError):
+    """Data that cannot be read as the job says."""
+
+
+class ModelError(FedloraError):
+    """A base model that is missing or not what the job or the peer says."""
+
+
+class AdapterError(FedloraError):
+    """An adapter, factor or spec that does not fit where it is used."""
+
+
+class RunFolderError(FedloraError):
+    """A run folder that cannot be created, read, locked or resumed."""
+
+
+class RunFailed(FedloraError):
+    """A run that stopped early; every committed round stands."""
+
+    exit_code = EXIT_FAILED
+
+
+class QuorumFailed(RunFailed):
+    """Fewer acceptable updates than the quorum, also after the retries."""
+
+
+class StorageError(RunFailed):
+    """The disk refused a write."""
+
+
+class StrategyError(RunFailed):
+    """A strategy raised, or returned tensors of the wrong shape or not finite."""
+
+
+class UpdateRejected(FedloraError):
+    """One client's update was refused; the round goes on without it.
+
+    Args:
+        client: name of the client.
+        code: short machine-readable reason, e.g. "SHAPE" or "STALE".
+        detail: what was found and what was expected.
+    """
+
+    def __init__(self, client: str, code: str, detail: str) -> None:
+        super().__init__(f"update of client {client!r} rejected ({code}): {detail}")
+        self.client = client
+        self.code = code
+        self.detail = detail
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """The hint ` (did you mean "x"?)`, or nothing when no known name is close."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f' (did you mean "{close[0]}"?)' if close else ""

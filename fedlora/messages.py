@@ -1,0 +1,81 @@
+"""What server and clients say to each other.
+
+A message is a small JSON manifest and a canonical safetensors payload. The manifest is
+checked first and says what the payload must be, byte for byte (`fedlora.wire`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedlora.adapter import AdapterState
+
+OptimizerState = Literal["reset", "keep"]
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What one client does in one round.
+
+    Attributes:
+        run: lineage id of the run, the same across resumes.
+        round: 1-based.
+        attempt: 0-based; a round below quorum is tried again with the next number.
+        client: name of the client the plan is for.
+        factors: names of the factors that are trained and sent; the others stay frozen.
+        rank: rank of the adapter this client holds.
+        local_steps: optimiser steps.
+        optimizer_state: "keep" continues the client's own moments of its last round.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    client: str
+    factors: tuple[str, ...]
+    rank: int
+    local_steps: int
+    optimizer_state: OptimizerState = "reset"
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Server to client: the adapter to start from, and the plan.
+
+    `sha256` is the digest of the payload bytes; the client's update must name it.
+    """
+
+    plan: RoundPlan
+    adapter: AdapterState
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """Client to server: trained minus broadcast, for the planned factors only.
+
+    Attributes:
+        run, round, attempt, client: copied from the plan.
+        start_sha256: digest of the broadcast payload that was trained on.
+        delta: the change of every planned factor and head parameter.
+        num_examples: examples the client trains on; its weight in the average.
+        metrics: plain numbers about the client's own training and validation.
+        start: what the client started from; attached on arrival, never sent.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    client: str
+    start_sha256: str
+    delta: AdapterState
+    num_examples: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    start: AdapterState | None = None
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """start + delta in float64: what the client ended with, for the sent tensors."""
+        assert self.start is not None
+        start = self.start.tensors
+        return {k: start[k].double() + v.double() for k, v in self.delta.tensors.items()}
