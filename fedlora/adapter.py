@@ -122,7 +122,7 @@ class AdapterState:
 
 
 def combine(left: Tensors, right: Tensors, factor: float) -> dict[str, torch.Tensor]:
-    """left + factor * right, for equal names and shapes.
+    """Left + factor * right, for equal names and shapes.
 
     Raises:
         AdapterError: names or shapes differ (nothing is broadcast).
@@ -173,7 +173,9 @@ class MethodTraits(Protocol):
         """Shape of every trained factor of `layer`."""
         ...
 
-    def resize(self, factor: str, tensor: torch.Tensor, old: LayerSpec, new: LayerSpec) -> torch.Tensor:
+    def resize(
+        self, factor: str, tensor: torch.Tensor, old: LayerSpec, new: LayerSpec
+    ) -> torch.Tensor:
         """`factor` of a layer of rank `old.rank`, embedded in or cut to `new.rank`."""
         ...
 
@@ -204,7 +206,5 @@ def with_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
 
     Scales stay those of the whole adapter.
     """
-    layers = tuple(
-        dataclasses.replace(layer, rank=min(rank, layer.rank)) for layer in spec.layers
-    )
+    layers = tuple(dataclasses.replace(layer, rank=min(rank, layer.rank)) for layer in spec.layers)
     return dataclasses.replace(spec, rank=rank, layers=layers)

@@ -15,8 +15,8 @@
 Messages name the object, what was found, what was expected and what to do.
 """
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 EXIT_USAGE = 2
 EXIT_FAILED = 3

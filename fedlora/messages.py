@@ -75,7 +75,7 @@ class ClientUpdate:
 
     @property
     def trained(self) -> dict[str, Any]:
-        """start + delta in float64: what the client ended with, for the sent tensors."""
+        """Start + delta in float64: what the client ended with, for the sent tensors."""
         assert self.start is not None
         start = self.start.tensors
         return {k: start[k].double() + v.double() for k, v in self.delta.tensors.items()}

@@ -45,7 +45,9 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def header(shapes: Shapes, dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32) -> bytes:
+def header(
+    shapes: Shapes, dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32
+) -> bytes:
     """The one legal safetensors header (length prefix included) for these tensors.
 
     Args:
@@ -115,7 +117,8 @@ def decode_tensors(
         raise AdapterError(f"{len(shapes)} tensors expected; the limit is {MAX_TENSORS}")
     expected = header(shapes, dtypes)
     sizes = {
-        name: math.prod(shape) * (dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]).itemsize
+        name: math.prod(shape)
+        * (dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]).itemsize
         for name, shape in shapes.items()
     }
     total = len(expected) + sum(sizes.values())

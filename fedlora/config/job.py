@@ -49,7 +49,9 @@ class DataSection(Section):
     """Configuration name of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
-    format: Literal["auto", "text", "completion", "chat", "labelled-text", "labelled-image"] = "auto"
+    format: Literal["auto", "text", "completion", "chat", "labelled-text", "labelled-image"] = (
+        "auto"
+    )
     """What a row is: plain text, prompt and completion, chat messages, or a labelled text
     or picture. "auto" follows the task and the columns that exist."""
     text: str = "text"

@@ -115,16 +115,22 @@ def _unknown_name(tree: dict[str, Any], key: str, names: Collection[str]) -> lis
 
 
 def _explain(error: Any) -> list[str]:
-    location = [str(part) for part in error["loc"] if part not in ("list[str]", "list[constrained-int]")]
+    location = [
+        str(part) for part in error["loc"] if part not in ("list[str]", "list[constrained-int]")
+    ]
     key = ".".join(part for part in location if not part.startswith("literal["))
     kind, found = error["type"], error["input"]
     if kind == "extra_forbidden":
         fields = list(_section(location[:-1]).model_fields)
-        return [f"{key} is not a known key{near_miss(location[-1], fields)}; known: {', '.join(fields)}"]
+        return [
+            f"{key} is not a known key{near_miss(location[-1], fields)}; known: {', '.join(fields)}"
+        ]
     if kind == "literal_error":
         expected = error["ctx"]["expected"]
         names = expected.replace("'", "").replace(" or ", ", ").split(", ")
-        return [f"{key} = {found!r} is not known{near_miss(str(found), names)}; known: {', '.join(names)}"]
+        return [
+            f"{key} = {found!r} is not known{near_miss(str(found), names)}; known: {', '.join(names)}"
+        ]
     if kind == "value_error":
         return str(error["ctx"]["error"]).split("\n")
     return [f"{key} = {found!r}: {error['msg'][0].lower()}{error['msg'][1:]}"]

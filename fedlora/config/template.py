@@ -36,9 +36,7 @@ def render_template() -> str:
 
 
 def _comment(text: str) -> str:
-    return textwrap.fill(
-        " ".join(text.split()), 96, initial_indent="# ", subsequent_indent="# "
-    )
+    return textwrap.fill(" ".join(text.split()), 96, initial_indent="# ", subsequent_indent="# ")
 
 
 def _assignment(key: str, value: Any) -> str:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -102,6 +103,8 @@ def build_model(seed: int = SEED) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
+        # About 1 / sqrt(hidden_size); the default of large models learns far slower at this size.
+        initializer_range=0.06,
         tie_word_embeddings=True,
         pad_token_id=PAD,
         bos_token_id=BOS,
@@ -162,8 +165,8 @@ def held_out_bits(model: LlamaForCausalLM) -> dict[str, float]:
         stream = torch.tensor(list(text))
         starts = torch.linspace(0, len(stream) - BLOCK, HELD_OUT_BLOCKS).long()
         rows = torch.stack([stream[start : start + BLOCK] for start in starts.tolist()])
-        losses = [float(next_byte_loss(model, chunk)) for chunk in rows.split(8)]
-        bits[area] = sum(losses) / len(losses) / math.log(2)
+        losses = [float(next_byte_loss(model, chunk)) for chunk in torch.split(rows, 8)]
+        bits[area] = fmean(losses) / math.log(2)
     return bits
 
 
@@ -216,9 +219,8 @@ def pretrain(
         optimizer.zero_grad()
         recent.append(float(loss.detach()) / math.log(2))
         if len(recent) == LOG_EVERY or step + 1 == steps:
-            mean = sum(recent) / len(recent)
             elapsed = time.monotonic() - started
-            log(f"step {step + 1}/{steps}  {mean:.3f} bits/byte  {elapsed:.0f} s")
+            log(f"step {step + 1}/{steps}  {fmean(recent):.3f} bits/byte  {elapsed:.0f} s")
             recent.clear()
 
 
@@ -256,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("held-out bits/byte, before and after:")
     for area, bits in after.items():
         print(f"  {area:<12} {before[area]:.3f} {bits:.3f}")
-    print(f"  {'mean':<12} {sum(before.values()) / 8:.3f} {sum(after.values()) / len(after):.3f}")
+    print(f"  {'mean':<12} {fmean(before.values()):.3f} {fmean(after.values()):.3f}")
     size = sum(path.stat().st_size for path in options.out.iterdir())
     print(f"{size:,} bytes written to {options.out}")
 

@@ -1,0 +1,261 @@
+"""Method and AdapterLayer: what every adapter method must offer.
+
+A `Method` is stateless: it plans layers, makes the frozen basis, says the shapes of the
+trained factors and attaches an `AdapterLayer` to one linear layer. The layer owns the
+trained factors, always inside leaf modules without buffers, so that per-sample gradients
+can be taken by hooks on those leaves. The base weight W0 is never changed by training:
+many adapters can stand on one base.
+
+Shapes: W0 and the weight change are (d, k) = (out, in), also for transformers' Conv1D,
+which stores (in, out). The weight change includes the scale and is relative to W0.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapter import LayerSpec
+from fedlora.adapters.leaves import KeyedDropout
+from fedlora.errors import AdapterError, ConfigError, near_miss
+
+Basis = Mapping[str, Tensor]
+Provenance = Literal["none", "seed", "derived"]
+
+
+class Method(ABC):
+    """One adapter variant.
+
+    Attributes:
+        name: as in `adapter.method`.
+        affine: the weight change is affine in the trained factors, so that averaging
+            factors averages the change.
+        bilinear_factors: (zero-initialised factor, other factor) when the change is linear
+            in each alone; None otherwise.
+        additive: y = base(x) + f(x); otherwise the adapter needs W0 in its forward pass.
+        basis_provenance: where frozen tensors come from: a seed (each client makes them and
+            compares digests) or derived from W0 (one machine makes them and sends them, for
+            decompositions differ between machines).
+        options: option name -> default.
+    """
+
+    name: str
+    affine: bool = False
+    bilinear_factors: tuple[str, str] | None = None
+    additive: bool = True
+    basis_provenance: Provenance = "none"
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` completed by the defaults.
+
+        Raises:
+            ConfigError: an unknown option, or a value of another type than the default.
+        """
+        for key, value in options.items():
+            if key not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise ConfigError(
+                    f"adapter.options.{key} is not known to method {self.name!r}"
+                    f"{near_miss(key, self.options)}; known: {known}"
+                )
+            default = self.options[key]
+            if isinstance(default, float) and type(value) is int:
+                continue
+            if type(value) is not type(default):
+                raise ConfigError(
+                    f"adapter.options.{key} = {value!r} is a {type(value).__name__}; "
+                    f"expected a {type(default).__name__}"
+                )
+        return {**self.options, **options}
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor s in the weight change; 1 for methods without a scale."""
+        return 1.0
+
+    def default_alpha(self, rank: int) -> float:
+        """`adapter.alpha` when the job does not give one."""
+        return 2.0 * rank
+
+    def plan(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        rank: int,
+        alpha: float,
+        options: Mapping[str, Any],
+    ) -> tuple[LayerSpec, ...]:
+        """One spec per layer, sorted by name; sees the whole model.
+
+        Args:
+            shapes: layer name -> (d, k).
+
+        Raises:
+            ConfigError: every layer whose shape does not allow the rank.
+        """
+        problems = [
+            f"adapter.rank = {rank} does not fit layer {name} of shape ({d}, {k}): "
+            f"{reason}; choose a smaller rank or other targets"
+            for name, (d, k) in sorted(shapes.items())
+            if (reason := self.misfit(d, k, rank, options))
+        ]
+        if problems:
+            raise ConfigError(*problems[:5])
+        return tuple(
+            LayerSpec(name, d, k, rank, self.scale(rank, alpha))
+            for name, (d, k) in sorted(shapes.items())
+        )
+
+    def misfit(self, d: int, k: int, rank: int, options: Mapping[str, Any]) -> str:
+        """Why `rank` cannot be used on a (d, k) layer, or an empty string."""
+        most = min(d, k)
+        return f"the rank is larger than {most}" if rank > most else ""
+
+    def make_basis(
+        self,
+        layers: tuple[LayerSpec, ...],
+        weight: Callable[[str], Tensor],
+        seed: int,
+        options: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """Frozen tensors beside W0, float32 on the CPU; none by default.
+
+        Args:
+            weight: layer name -> W0 (d, k).
+            seed: the run's seed.
+        """
+        return {}
+
+    @abstractmethod
+    def factor_shapes(self, layer: LayerSpec) -> dict[str, tuple[int, ...]]:
+        """Shape of every trained factor of `layer`."""
+
+    @abstractmethod
+    def attach(
+        self,
+        base: nn.Module,
+        layer: LayerSpec,
+        basis: Basis,
+        *,
+        seed: int,
+        dropout: float,
+        options: Mapping[str, Any],
+    ) -> "AdapterLayer":
+        """The adapted layer that takes the place of `base`, with initial factors.
+
+        Args:
+            base: nn.Linear or Conv1D.
+            basis: the whole model's frozen tensors (see `make_basis`).
+            seed: the run's seed; factors are drawn from streams named by layer and factor.
+        """
+
+    def lowrank(
+        self, layer: LayerSpec, factors: Mapping[str, Tensor], basis: Basis
+    ) -> tuple[Tensor, Tensor] | None:
+        """(L (d, R), Q (R, k)) with weight change = L Q, computed without a model.
+
+        None when the change is not of low rank or needs W0.
+        """
+        return None
+
+    def resize(self, factor: str, tensor: Tensor, old: LayerSpec, new: LayerSpec) -> Tensor:
+        """`factor` of rank `old.rank` cut to, or embedded with equal change in, `new.rank`.
+
+        Raises:
+            AdapterError: the method has no exact embedding between ranks.
+        """
+        if old.rank == new.rank:
+            return tensor
+        raise AdapterError(
+            f"method {self.name!r} cannot change rank from {old.rank} to {new.rank} exactly; "
+            "give every client the same rank"
+        )
+
+
+class AdapterLayer(nn.Module, ABC):
+    """A frozen linear layer with one adapter on it."""
+
+    def __init__(
+        self, base: nn.Module, layer: LayerSpec, method: Method, basis: Basis, dropout: float
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.layer = layer
+        self.method = method
+        # frozen tensors this layer needs; plain attributes, for a buffer beside a trained
+        # leaf would make per-sample hooks refuse the module
+        self.basis = basis
+        self.dropout = KeyedDropout(dropout, layer.name)
+        self._original: Tensor | None = None
+        self.disabled = False
+
+    @property
+    def transposed(self) -> bool:
+        """The base stores its weight as (in, out)."""
+        return not isinstance(self.base, nn.Linear)
+
+    @property
+    def stored_weight(self) -> nn.Parameter:
+        """The base's own parameter."""
+        weight = self.base.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 (d, k), also while merged."""
+        weight = self.stored_weight if self._original is None else self._original
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias (d,), if it has one."""
+        bias = self.base.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """float32, or float64 on a float64 base."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    @abstractmethod
+    def factors(self) -> dict[str, nn.Parameter]:
+        """Factor name -> parameter, with the shapes of `Method.factor_shapes`."""
+
+    @abstractmethod
+    def adapted(self, x: Tensor) -> Tensor:
+        """Output (..., d) of base and adapter for x (..., k)."""
+
+    def lowrank(self) -> tuple[Tensor, Tensor] | None:
+        """See `Method.lowrank`, for the current factors."""
+        return self.method.lowrank(self.layer, self.factors(), self.basis)
+
+    def delta_weight(self) -> Tensor:
+        """The weight change (d, k) relative to W0, at least float32."""
+        product = self.lowrank()
+        assert product is not None, "a method without lowrank() defines delta_weight()"
+        return product[0] @ product[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disabled or self._original is not None:
+            y: Tensor = self.base(x)
+            return y
+        return self.adapted(x)
+
+    def merge(self) -> None:
+        """Adds the change to the base weight; keeps W0 so that unmerging is bit-exact."""
+        if self._original is not None:
+            return
+        with torch.no_grad():
+            merged = self.weight.to(self.factor_dtype) + self.delta_weight()
+            self._original = self.stored_weight.detach().clone()
+            stored = merged.T if self.transposed else merged
+            self.stored_weight.copy_(stored)
+
+    def unmerge(self) -> None:
+        """Restores W0."""
+        if self._original is not None:
+            with torch.no_grad():
+                self.stored_weight.copy_(self._original)
+            self._original = None

@@ -1,0 +1,103 @@
+"""LoRA and rank-stabilised LoRA: weight change s B A.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+https://arxiv.org/abs/2106.09685, section 4.1 (s = alpha / r).
+Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+https://arxiv.org/abs/2312.03732, section 3 (s = alpha / sqrt(r)).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapter import LayerSpec
+from fedlora.adapters.base import AdapterLayer, Basis, Method
+from fedlora.adapters.leaves import linear_leaf
+from fedlora.seeds import generator
+
+
+def kaiming_uniform(rows: int, columns: int, seed: int, *stream: str) -> Tensor:
+    """U(-1/sqrt(columns), 1/sqrt(columns)) of shape (rows, columns), float32 on the CPU."""
+    draws = torch.rand(rows, columns, generator=generator(seed, *stream), dtype=torch.float32)
+    return (2.0 * draws - 1.0) / math.sqrt(columns)
+
+
+class Lora(Method):
+    """Factors A (r, k), random, and B (d, r), zero.
+
+    Args:
+        name: name of the method.
+        stabilised: s = alpha / sqrt(r) instead of alpha / r.
+    """
+
+    bilinear_factors = ("B", "A")
+
+    def __init__(self, name: str, *, stabilised: bool = False) -> None:
+        self.name = name
+        self.stabilised = stabilised
+
+    def scale(self, rank: int, alpha: float) -> float:
+        return alpha / math.sqrt(rank) if self.stabilised else alpha / rank
+
+    def factor_shapes(self, layer: LayerSpec) -> dict[str, tuple[int, ...]]:
+        return {"A": (layer.rank, layer.inp), "B": (layer.out, layer.rank)}
+
+    def attach(
+        self,
+        base: nn.Module,
+        layer: LayerSpec,
+        basis: Basis,
+        *,
+        seed: int,
+        dropout: float,
+        options: Mapping[str, Any],
+    ) -> "LoraLayer":
+        a = kaiming_uniform(layer.rank, layer.inp, seed, "init", layer.name, "A")
+        b = torch.zeros(layer.out, layer.rank)
+        return LoraLayer(base, layer, self, a, b, dropout)
+
+    def lowrank(
+        self, layer: LayerSpec, factors: Mapping[str, Tensor], basis: Basis
+    ) -> tuple[Tensor, Tensor]:
+        return layer.scale * factors["B"], factors["A"]
+
+    def resize(self, factor: str, tensor: Tensor, old: LayerSpec, new: LayerSpec) -> Tensor:
+        return resize_slots(tensor, 0 if factor == "A" else 1, new.rank)
+
+
+class LoraLayer(AdapterLayer):
+    """y = base(x) + s B A dropout(x)."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        layer: LayerSpec,
+        method: Method,
+        a: Tensor,
+        b: Tensor,
+        dropout: float,
+    ) -> None:
+        super().__init__(base, layer, method, {}, dropout)
+        self.A = linear_leaf(a.to(self.weight.device, self.factor_dtype))  # (r, k)
+        self.B = linear_leaf(b.to(self.weight.device, self.factor_dtype))  # (d, r)
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        return {"A": self.A.weight, "B": self.B.weight}
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        h = self.A(self.dropout(x).to(self.factor_dtype))  # (..., r)
+        return y + (self.layer.scale * self.B(h)).to(y.dtype)
+
+
+def resize_slots(tensor: Tensor, dim: int, rank: int) -> Tensor:
+    """The leading `rank` slots of `dim`; missing slots are zero, so the product is unchanged."""
+    have = tensor.shape[dim]
+    if have >= rank:
+        return tensor.narrow(dim, 0, rank).clone()
+    shape = list(tensor.shape)
+    shape[dim] = rank - have
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
