@@ -24,7 +24,8 @@ class LayerSpec:
     """One adapted linear layer: `out` x `inp` (d x k), its rank and its scale s.
 
     `scale` is part of the spec and not derived from `rank`, so that a client that holds
-    only the leading slots of a factor still applies the scale of the whole.
+    only the leading slots of a factor still applies the scale of the whole. `tile` is the
+    height of a factor that is repeated along the output (MiSS-mini); 0 for none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerSpec:
     inp: int
     rank: int
     scale: float
+    tile: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     ├── DataError            data file, column, row or partition                  exit 2
     ├── ModelError           base model missing, foreign or of another kind       exit 2
     ├── AdapterError         adapter file or spec that does not fit               exit 2
+    ├── TrainingError        one client cannot train; its update is missing        exit 2
     ├── RunFolderError       run folder corrupt, locked or of another job         exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
@@ -47,6 +48,10 @@ class ModelError(FedloraError):
 
 class AdapterError(FedloraError):
     """An adapter, factor or spec that does not fit where it is used."""
+
+
+class TrainingError(FedloraError):
+    """Local training that cannot go on, e.g. a loss that is not finite."""
 
 
 class RunFolderError(FedloraError):

@@ -4,6 +4,7 @@ A message is a small JSON manifest and a canonical safetensors payload. The mani
 checked first and says what the payload must be, byte for byte (`fedlora.wire`).
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,14 +41,27 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Server to client: the adapter to start from, and the plan.
+    """Server to client: what to do, and the adapter to start from.
 
-    `sha256` is the digest of the payload bytes; the client's update must name it.
+    The adapter travels in parts (one per factor, one for the heads, one for the frozen
+    basis), each named by the digest of its bytes, so that a client fetches only what it
+    does not hold already.
+
+    Attributes:
+        plan: what to do.
+        spec_digest: digest of the spec that the parts belong to.
+        parts: part name -> SHA-256 of its canonical bytes.
     """
 
     plan: RoundPlan
-    adapter: AdapterState
-    sha256: str = ""
+    spec_digest: str
+    parts: Mapping[str, str]
+
+    @property
+    def start_sha256(self) -> str:
+        """Names the starting adapter as a whole; the client's update must quote it."""
+        text = "".join(f"{name}:{digest};" for name, digest in sorted(self.parts.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,7 @@ class ClientUpdate:
         num_examples: examples the client trains on; its weight in the average.
         metrics: plain numbers about the client's own training and validation.
         start: what the client started from; attached on arrival, never sent.
+        weight: its weight in the average, not normalised; attached on arrival.
     """
 
     run: str
@@ -72,6 +87,7 @@ class ClientUpdate:
     num_examples: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     start: AdapterState | None = None
+    weight: float = 0.0
 
     @property
     def trained(self) -> dict[str, Any]:

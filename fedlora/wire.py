@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlora.adapter import AdapterSpec, AdapterState, Tensors
+from fedlora.adapter import Tensors
 from fedlora.errors import AdapterError
 from fedlora.messages import Broadcast, ClientUpdate, RoundPlan
 
@@ -147,52 +147,41 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def encode_broadcast(broadcast: Broadcast) -> tuple[bytes, bytes]:
-    """(manifest, payload) of a broadcast."""
-    payload = encode_tensors(broadcast.adapter.tensors)
-    return encode_broadcast_manifest(broadcast.plan, broadcast.adapter.spec, payload), payload
-
-
-def encode_broadcast_manifest(plan: RoundPlan, spec: AdapterSpec, payload: bytes) -> bytes:
-    """The manifest that goes with an already encoded payload."""
+def encode_broadcast(broadcast: Broadcast) -> bytes:
+    """The manifest of a broadcast; its parts travel by digest."""
     value = {
-        "plan": dataclasses.asdict(plan),
-        "spec": spec.digest(),
-        "sha256": sha256(payload),
-        "size_bytes": len(payload),
+        "plan": dataclasses.asdict(broadcast.plan),
+        "spec_digest": broadcast.spec_digest,
+        "parts": dict(broadcast.parts),
     }
     return encode_json(value)
 
 
-def decode_broadcast(
-    manifest: bytes, payload: bytes, spec: AdapterSpec, shapes: Shapes
-) -> Broadcast:
-    """The broadcast in these bytes.
-
-    Args:
-        manifest, payload: as encoded by the server.
-        spec: the spec this client holds (already cut to its rank).
-        shapes: every tensor that comes down.
+def decode_broadcast(manifest: bytes) -> Broadcast:
+    """The broadcast in a manifest.
 
     Raises:
-        AdapterError: another spec, digest or header.
+        AdapterError: not readable, or other fields than expected.
     """
-    fields = _object(manifest, {"plan": dict, "spec": str, "sha256": str, "size_bytes": int})
-    if fields["spec"] != spec.digest():
-        raise AdapterError(
-            f"the server's adapter spec is {fields['spec'][:12]}, this client's is "
-            f"{spec.digest()[:12]}; both must hold the same base model, method, rank, targets "
-            "and basis"
-        )
-    plan = fields["plan"]
+    fields = _object(manifest, {"plan": dict, "spec_digest": str, "parts": dict})
     try:
-        plan = RoundPlan(**{**plan, "factors": tuple(plan["factors"])})
+        plan = RoundPlan(**{**fields["plan"], "factors": tuple(fields["plan"]["factors"])})
     except (KeyError, TypeError) as e:
         raise AdapterError(f"round plan is not readable: {e}") from e
-    if sha256(payload) != fields["sha256"]:
-        raise AdapterError("broadcast payload does not have the digest its manifest names")
-    tensors = decode_tensors(payload, shapes)
-    return Broadcast(plan, AdapterState(spec, tensors), fields["sha256"])
+    return Broadcast(plan, fields["spec_digest"], fields["parts"])
+
+
+def decode_part(data: bytes, digest: str, shapes: Shapes) -> dict[str, torch.Tensor]:
+    """The tensors of one part of a broadcast.
+
+    Raises:
+        AdapterError: another digest or another header than expected.
+    """
+    if sha256(data) != digest:
+        raise AdapterError(
+            f"a part of the broadcast has digest {sha256(data)[:12]}, not {digest[:12]}"
+        )
+    return decode_tensors(data, shapes)
 
 
 UPDATE_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -239,6 +228,8 @@ def decode_update_manifest(manifest: bytes) -> dict[str, Any]:
     for key, value in fields["metrics"].items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not NAME.fullmatch(key):
             raise AdapterError(f"metrics.{key[:40]!r} is not a plain number")
+        if not math.isfinite(value):
+            raise AdapterError(f"metrics.{key} is not finite")
     return fields
 
 

@@ -1,0 +1,14 @@
+"""Aggregation strategies: one paper per file, looked up by name in `STRATEGIES`."""
+
+from fedlora.strategies.base import Strategy
+from fedlora.strategies.fedit import FedIT
+from fedlora.strategies.ffa_lora import FfaLora
+from fedlora.strategies.rolora import RoLora
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "fedit": FedIT,
+    "ffa-lora": FfaLora,
+    "rolora": RoLora,
+}
+
+__all__ = ["STRATEGIES", "Strategy"]

@@ -30,10 +30,11 @@ class Method(ABC):
 
     Attributes:
         name: as in `adapter.method`.
+        uses_alpha: the weight change has a scale made of `adapter.alpha`.
         affine: the weight change is affine in the trained factors, so that averaging
             factors averages the change.
-        bilinear_factors: (zero-initialised factor, other factor) when the change is linear
-            in each alone; None otherwise.
+        bilinear_factors: (zero-initialised factor, other factor) when the change is their
+            product, plus a constant for a method with a derived basis; None otherwise.
         additive: y = base(x) + f(x); otherwise the adapter needs W0 in its forward pass.
         basis_provenance: where frozen tensors come from: a seed (each client makes them and
             compares digests) or derived from W0 (one machine makes them and sends them, for
@@ -42,6 +43,7 @@ class Method(ABC):
     """
 
     name: str
+    uses_alpha: bool = True
     affine: bool = False
     bilinear_factors: tuple[str, str] | None = None
     additive: bool = True
@@ -127,6 +129,10 @@ class Method(ABC):
         """
         return {}
 
+    def basis_shapes(self, layers: tuple[LayerSpec, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of a derived basis (one that is sent); empty for all others."""
+        return {}
+
     @abstractmethod
     def factor_shapes(self, layer: LayerSpec) -> dict[str, tuple[int, ...]]:
         """Shape of every trained factor of `layer`."""
@@ -183,11 +189,12 @@ class AdapterLayer(nn.Module, ABC):
         self.base = base
         self.layer = layer
         self.method = method
-        # frozen tensors this layer needs; plain attributes, for a buffer beside a trained
-        # leaf would make per-sample hooks refuse the module
-        self.basis = basis
-        self.dropout = KeyedDropout(dropout, layer.name)
         self._original: Tensor | None = None
+        # frozen tensors this layer needs; plain attributes, for buffers would be saved and cast
+        self.basis = {
+            name: tensor.to(self.weight.device, self.factor_dtype) for name, tensor in basis.items()
+        }
+        self.dropout = KeyedDropout(dropout, layer.name)
         self.disabled = False
 
     @property
@@ -241,7 +248,15 @@ class AdapterLayer(nn.Module, ABC):
         if self.disabled or self._original is not None:
             y: Tensor = self.base(x)
             return y
-        return self.adapted(x)
+        if x.dim() <= 3:
+            return self.adapted(x)
+        # per-sample norms of a linear leaf exist for (batch, tokens, features) only
+        return self.adapted(x.flatten(1, -2)).reshape(*x.shape[:-1], self.layer.out)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterLayer":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.basis = {name: tensor.to(self.weight.device) for name, tensor in self.basis.items()}
+        return self
 
     def merge(self) -> None:
         """Adds the change to the base weight; keeps W0 so that unmerging is bit-exact."""

@@ -1,19 +1,23 @@
 """AdaptedModel: a transformers model with adapters in place of its linear layers."""
 
 import dataclasses
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from fedlora.adapter import AdapterSpec, AdapterState, Tensors, tensors_digest
 from fedlora.adapters import METHODS
 from fedlora.adapters.base import AdapterLayer, Basis, Method
+from fedlora.adapters.targets import (
+    find_targets,
+    linear_layers,
+    linear_shape,
+    linear_weight,
+    tied_to,
+)
 from fedlora.errors import AdapterError, ConfigError
 
 
@@ -89,7 +93,10 @@ class AdaptedModel:
     def _attach(self) -> None:
         for layer in self.spec.layers:
             module = self.model.get_submodule(layer.name)
-            base = module.base if isinstance(module, AdapterLayer) else module
+            base = module
+            if isinstance(module, AdapterLayer):
+                module.unmerge()
+                base = module.base
             adapted = self.method.attach(
                 base,
                 layer,
@@ -178,7 +185,17 @@ class AdaptedModel:
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Inside, the base weights contain the change; afterwards W0 is back, bit for bit."""
+        """Inside, the base weights contain the change; afterwards W0 is back, bit for bit.
+
+        Raises:
+            AdapterError: a base weight is tied to another one, which would change too.
+        """
+        for name, layer in self.layers.items():
+            if others := tied_to(self.model, layer.stored_weight, f"{name}."):
+                raise AdapterError(
+                    f"the weight of layer {name} is tied to {others[0]}, so it cannot be merged "
+                    "alone; save the adapter unmerged, or untie the weights"
+                )
         try:
             for layer in self.layers.values():
                 layer.merge()
@@ -228,6 +245,12 @@ def adapt(
                 f"adapter.heads names {head!r}, which the model does not have; "
                 f"its top modules are {', '.join(name for name, _ in model.named_children())}"
             )
+        for parameter in model.get_submodule(head).parameters():
+            if others := tied_to(model, parameter, f"{head}."):
+                raise ConfigError(
+                    f"adapter.heads names {head!r}, whose weight is tied to {others[0]}, a frozen "
+                    "weight; leave the head out or untie the weights (tie_word_embeddings)"
+                )
     linears = find_targets(model, targets, heads)
     shapes = {name: linear_shape(module) for name, module in linears.items()}
     strength = alpha if alpha is not None else chosen.default_alpha(rank)
@@ -250,70 +273,3 @@ def adapt(
     )
     spec = dataclasses.replace(spec, basis_digest=tensors_digest(basis))
     return AdaptedModel(model, spec, basis, dropout)
-
-
-def find_targets(
-    model: nn.Module, targets: Sequence[str] | str, heads: Sequence[str]
-) -> dict[str, nn.Module]:
-    """The linear layers that `targets` names, by full name; heads and output excluded.
-
-    Raises:
-        ConfigError: a pattern that matches nothing, with what exists.
-    """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    candidates = {
-        name: module
-        for name, module in linear_layers(model)
-        if module is not output and not any(name == h or name.startswith(h + ".") for h in heads)
-    }
-    if isinstance(targets, str):
-        if not candidates:
-            raise ConfigError("the model has no linear layer to adapt")
-        return candidates
-    chosen: dict[str, nn.Module] = {}
-    problems = []
-    for pattern in targets:
-        hits = {name: m for name, m in candidates.items() if _matches(pattern, name)}
-        if not hits:
-            endings = Counter(name.rpartition(".")[2] for name in candidates)
-            exist = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common())
-            problems.append(
-                f"adapter.targets: {pattern!r} matches no linear layer; the model has {exist}"
-            )
-        chosen.update(hits)
-    if problems:
-        raise ConfigError(*problems)
-    return chosen
-
-
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every nn.Linear and Conv1D by full name, seen through adapters that are attached."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
-            inside = (*inside, name + ".")
-            yield name, module.base
-        elif isinstance(module, nn.Linear | Conv1D) and not name.startswith(inside or ("\0",)):
-            yield name, module
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(d, k) = (out, in) of an nn.Linear or Conv1D."""
-    weight = linear_weight(module)
-    return weight.shape[0], weight.shape[1]
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """The weight (d, k) of an nn.Linear or Conv1D."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if name == pattern or name.endswith("." + pattern):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedlora.adapter import LayerSpec
 from fedlora.adapters.base import AdapterLayer, Basis, Method
-from fedlora.adapters.leaves import linear_leaf
+from fedlora.adapters.leaves import leaf_weight, linear_leaf
 from fedlora.seeds import generator
 
 
@@ -85,12 +85,13 @@ class LoraLayer(AdapterLayer):
         self.B = linear_leaf(b.to(self.weight.device, self.factor_dtype))  # (d, r)
 
     def factors(self) -> dict[str, nn.Parameter]:
-        return {"A": self.A.weight, "B": self.B.weight}
+        return {"A": leaf_weight(self.A), "B": leaf_weight(self.B)}
 
     def adapted(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         h = self.A(self.dropout(x).to(self.factor_dtype))  # (..., r)
-        return y + (self.layer.scale * self.B(h)).to(y.dtype)
+        change: Tensor = self.layer.scale * self.B(h)
+        return y + change.to(y.dtype)
 
 
 def resize_slots(tensor: Tensor, dim: int, rank: int) -> Tensor:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from fedlora.data.stdlib import StdlibFile, federated_files, pretraining_files
+from fedlora.errors import DataError
 from fedlora.seeds import generator
 
 OUT = Path(__file__).parent / "tiny_llama"
@@ -128,8 +129,16 @@ def batches(stream: torch.Tensor, block: int, rng: torch.Generator) -> Iterator[
     """Endless batches of shape (STEP_TOKENS // block, block) cut from the stream.
 
     Each pass covers the stream once, in a fresh order and cut at fresh places.
+
+    Raises:
+        DataError: the stream is too short for one batch at every place it may be cut.
     """
     size = STEP_TOKENS // block
+    if len(stream) < STEP_TOKENS + block:
+        raise DataError(
+            f"pretraining text has {len(stream)} tokens; expected at least {STEP_TOKENS + block}. "
+            "Use a Python installed with its whole standard library as .py files."
+        )
     while True:
         start = int(torch.randint(block, (1,), generator=rng))
         rows = stream[start:][: (len(stream) - start) // block * block].view(-1, block)
@@ -191,10 +200,13 @@ def pretrain(
 
     Args:
         model: a float32 model on the CPU.
-        stream: token ids, int64 of shape (tokens,); at least one batch of STEP_TOKENS and a block.
+        stream: token ids, int64 of shape (tokens,).
         steps: optimiser steps of STEP_TOKENS tokens each.
         seed: of the order in which text is seen.
         log: called with a line of progress every LOG_EVERY steps, losses in bits per byte.
+
+    Raises:
+        DataError: the stream is shorter than STEP_TOKENS and a context.
     """
     model.train()
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]

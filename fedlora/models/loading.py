@@ -1,0 +1,200 @@
+"""Loads a base model and its tokenizer or image processor, from a folder, hub or builtin."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora.config.job import ModelSection
+from fedlora.errors import ModelError
+from fedlora.models.fingerprint import fingerprint
+from fedlora.seeds import derive_seed
+
+BUILTIN = {"builtin:tiny-llama": Path(__file__).parent / "tiny_llama"}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns rows into model inputs.
+
+    Attributes:
+        tokenizer: for text tasks.
+        image_processor: for image-classification.
+        pad_id: padding token; 0 where the task has none.
+    """
+
+    tokenizer: Any | None
+    image_processor: Any | None
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base.
+
+    Attributes:
+        model: a transformers model of the task, without any dropout.
+        heads: names of the modules that a classification task trains in full.
+        fingerprint: SHA-256 over configuration and weights, heads excluded.
+    """
+
+    model: nn.Module
+    heads: tuple[str, ...]
+    fingerprint: str
+
+
+def load_processor(section: ModelSection) -> Processor:
+    """Tokenizer or image processor of the model.
+
+    Raises:
+        ModelError: missing, or not of the kind the task needs.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    source = _source(section)
+    if section.task == "image-classification":
+        with _model_errors(section):
+            processor = AutoImageProcessor.from_pretrained(source, revision=section.revision)
+        return Processor(None, processor, 0)
+    with _model_errors(section):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=section.revision)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"model.name = {section.name!r}: its tokenizer has neither a padding nor an "
+                "end token; give the model folder a tokenizer that has one"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return Processor(tokenizer, None, int(tokenizer.pad_token_id))
+
+
+def load_base(
+    section: ModelSection, *, labels: Sequence[str], pad_id: int, seed: int, device: str = "cpu"
+) -> BaseModel:
+    """The base model of the job.
+
+    Args:
+        labels: class names of a classification task, in order.
+        pad_id: padding token of the tokenizer.
+        seed: weights that the checkpoint lacks (a new head) are drawn from it.
+        device: where the model goes.
+
+    Raises:
+        ModelError: missing, not a model, or weights that are not safetensors.
+    """
+    import transformers
+
+    auto = {
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
+    }[section.task]
+    options: dict[str, Any] = {}
+    if section.task != "causal-lm":
+        options["num_labels"] = len(labels)
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: i for i, label in enumerate(labels)}
+        options["ignore_mismatched_sizes"] = True
+    with _quiet(), _model_errors(section), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "model"))
+        model = auto.from_pretrained(
+            _source(section),
+            revision=section.revision,
+            dtype=getattr(torch, section.dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    if section.task == "sequence-classification":
+        model.config.pad_token_id = pad_id
+    _silence_dropout(model)
+    heads = task_heads(model) if section.task != "causal-lm" else ()
+    for head in heads:
+        # trained in full, so it keeps float32 precision on a bf16 base too
+        model.get_submodule(head).float()
+    model.requires_grad_(False)
+    model.eval()
+    model.to(device)
+    return BaseModel(model, heads, fingerprint(model, heads))
+
+
+def task_heads(model: nn.Module) -> tuple[str, ...]:
+    """Top modules outside the pretrained body: the classification head."""
+    body = getattr(model, "base_model_prefix", "")
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != body and any(True for _ in module.parameters())
+    )
+
+
+def _source(section: ModelSection) -> str:
+    name = section.name
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise ModelError(f"model.name = {name!r} is not known; known: {', '.join(BUILTIN)}")
+        return str(BUILTIN[name])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"model.name = {name!r} is a folder without config.json, so not a transformers "
+                "model; give the folder that save_pretrained wrote"
+            )
+        return str(path)
+    if (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name)
+    ):
+        raise ModelError(f"model.name = {name!r}: the folder does not exist")
+    return name
+
+
+@contextmanager
+def _model_errors(section: ModelSection) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as e:  # transformers, hub and safetensors raise many kinds
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f"model.name = {section.name!r} cannot be loaded for task {section.task!r}: {reason}"
+        ) from e
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the loader's progress bars and its report of a head it had to make."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _silence_dropout(model: nn.Module) -> None:
+    # the base is frozen, and its dropout would draw from the process-wide generator
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    config = getattr(model, "config", None)
+    for name, value in list(vars(config).items()) if config is not None else ():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)

@@ -1,0 +1,49 @@
+"""Durable files: written whole and synced before they get their name."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedlora.errors import StorageError
+
+
+@contextmanager
+def storage_errors(what: str | Path) -> Iterator[None]:
+    """Turns an OSError inside into a StorageError that names `what`."""
+    try:
+        yield
+    except OSError as e:
+        raise StorageError(
+            f"{what} cannot be written: {e.strerror or e}; free some space or choose another "
+            "folder, then continue with: fedlora resume"
+        ) from e
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """`data` at `path`, or nothing: temporary file, fsync, rename, fsync of the folder.
+
+    Raises:
+        StorageError: the disk refused; a former file at `path` is untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with storage_errors(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

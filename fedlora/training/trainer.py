@@ -1,0 +1,159 @@
+"""One client's local training: a plain loop over optimiser steps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters.inject import AdaptedModel
+from fedlora.config.job import TrainingSection
+from fedlora.data.example import Example
+from fedlora.data.order import batch_order, loader
+from fedlora.errors import TrainingError
+from fedlora.seeds import derive_seed, generator
+from fedlora.training.loss import loss_sum
+from fedlora.training.optimizer import (
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What to train, and the names that its random streams derive from.
+
+    Attributes:
+        factors: factors that are trained; heads always are.
+        steps: optimiser steps.
+        first_step: optimiser steps of earlier rounds, for the schedule.
+        total_steps: optimiser steps of the whole run, likewise.
+        seed, client, round: name the streams of data order and dropout.
+    """
+
+    factors: tuple[str, ...]
+    steps: int
+    first_step: int
+    total_steps: int
+    seed: int
+    client: str
+    round: int
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What training left behind, besides the adapter itself.
+
+    Attributes:
+        loss: mean loss in nats over all tokens (or examples) seen; None without a step.
+        count: tokens (or examples) seen.
+        moments: the optimiser's state by name.
+    """
+
+    loss: float | None
+    count: int
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def train(
+    adapted: AdaptedModel,
+    examples: Sequence[Example],
+    work: LocalWork,
+    settings: TrainingSection,
+    *,
+    task: str,
+    pad_id: int,
+    moments: Mapping[str, Tensor] | None = None,
+) -> LocalResult:
+    """Trains the adapter in place.
+
+    The gradient of a step is that of the mean loss over all tokens of its micro-batches.
+
+    Args:
+        examples: at least one.
+        task: the model's task.
+        pad_id: padding token.
+        moments: optimiser state to continue from.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    model = adapted.model
+    device = next(model.parameters()).device
+    parameters = adapted.train_only(work.factors)
+    optimizer = make_optimizer(parameters, settings)
+    restore_optimizer(optimizer, parameters, moments or {})
+    order = batch_order(
+        len(examples),
+        settings.batch_size,
+        work.steps * settings.accumulation,
+        generator(work.seed, "data", work.client, work.round),
+    )
+    batches = loader(examples, order, pad_id, settings.num_workers)
+    loss, count = 0.0, 0
+    model.train()
+    _checkpointing(adapted, on=settings.gradient_checkpointing)
+    try:
+        for step in range(work.steps):
+            micro = [next(batches) for _ in range(settings.accumulation)]
+            step_count = 0
+            for index, batch in enumerate(micro):
+                adapted.key_dropout(
+                    derive_seed(work.seed, "dropout", work.client, work.round, step, index)
+                )
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=settings.precision == "bf16"
+                ):
+                    part = loss_sum(model, batch.to(device), task)
+                part.total.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.total.detach())
+                step_count += part.count
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"client {work.client}: the loss is {loss} at step {step + 1} of round "
+                    f"{work.round}; lower training.learning_rate or set training.max_grad_norm"
+                )
+            count += step_count
+            _step(optimizer, parameters, settings, work, step, step_count)
+    finally:
+        _checkpointing(adapted, on=False)
+        model.eval()
+    return LocalResult(
+        loss / count if count else None, count, optimizer_tensors(optimizer, parameters)
+    )
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    settings: TrainingSection,
+    work: LocalWork,
+    step: int,
+    count: int,
+) -> None:
+    for parameter in parameters.values():
+        if parameter.grad is not None:
+            parameter.grad.div_(max(1, count))
+    if settings.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    rate = learning_rate(settings, work.first_step + step, work.total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _checkpointing(adapted: AdaptedModel, *, on: bool) -> None:
+    model = adapted.model
+    if on:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise TrainingError(
+                f"{type(model).__name__} does not support gradient checkpointing; set "
+                "training.gradient_checkpointing = false"
+            )
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()

@@ -1,0 +1,117 @@
+"""The only door from a client's bytes to aggregation.
+
+Checks run in order of cost, and each failure rejects that client's update alone, with a
+typed reason. What passes has exactly the expected tensors, finite, within the norm cap, and
+a weight within bounds.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.adapter import AdapterSpec, AdapterState
+from fedlora.errors import AdapterError, UpdateRejected
+from fedlora.messages import ClientUpdate
+from fedlora.wire import Shapes, decode_tensors, decode_update_manifest, header, sha256
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What one client's reply in one round must be."""
+
+    run: str
+    round: int
+    attempt: int
+    client: str
+    start: AdapterState
+    start_sha256: str
+    spec: AdapterSpec
+    spec_digest: str
+    shapes: Shapes
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what a well-formed update may claim.
+
+    Attributes:
+        max_update_norm: L2 norm over all tensors of the delta.
+        max_examples: examples a client may claim.
+        uniform: every admitted update weighs 1, whatever it claims.
+    """
+
+    max_update_norm: float
+    max_examples: float
+    uniform: bool = False
+
+
+def expected_size(shapes: Shapes) -> int:
+    """Bytes of the canonical float32 payload for `shapes`."""
+    return len(header(shapes)) + 4 * sum(math.prod(shape) for shape in shapes.values())
+
+
+def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits) -> ClientUpdate:
+    """The update in these bytes.
+
+    Raises:
+        UpdateRejected: with one of the codes MANIFEST, CLIENT, STALE, SPEC, SIZE, DIGEST,
+            HEADER, NOT_FINITE, NORM, WEIGHT.
+    """
+    client = expected.client
+
+    def reject(code: str, detail: str) -> UpdateRejected:
+        return UpdateRejected(client, code, detail)
+
+    if len(payload) != expected.size_bytes:
+        raise reject("SIZE", f"payload has {len(payload)} bytes; expected {expected.size_bytes}")
+    try:
+        fields = decode_update_manifest(manifest)
+    except AdapterError as e:
+        raise reject("MANIFEST", str(e)) from e
+    if fields["client"] != client:
+        raise reject("CLIENT", f"manifest names client {fields['client'][:64]!r}")
+    for key in ("run", "round", "attempt", "start_sha256"):
+        if fields[key] != getattr(expected, key):
+            raise reject("STALE", f"{key} is {fields[key]!r}; expected {getattr(expected, key)!r}")
+    if fields["base_fingerprint"] != expected.spec.base_fingerprint:
+        raise reject("SPEC", "the client trained on another base model")
+    if fields["spec"] != expected.spec_digest:
+        raise reject("SPEC", "the client trained another adapter (method, rank, layers or basis)")
+    if fields["size_bytes"] != len(payload) or fields["sha256"] != sha256(payload):
+        raise reject("DIGEST", "payload does not match the digest its manifest names")
+    try:
+        tensors = decode_tensors(payload, expected.shapes)
+    except AdapterError as e:
+        raise reject("HEADER", str(e)) from e
+    squares = 0.0
+    for name, tensor in tensors.items():
+        square = float(torch.sum(tensor.double() ** 2))
+        # a finite float32 tensor has a finite float64 norm, so one pass answers both
+        if not math.isfinite(square):
+            raise reject("NOT_FINITE", f"{name} holds NaN or infinity")
+        squares += square
+    if math.sqrt(squares) > limits.max_update_norm:
+        raise reject(
+            "NORM",
+            f"L2 norm of the delta is {math.sqrt(squares):.4g}; federation.max_update_norm is "
+            f"{limits.max_update_norm:g}",
+        )
+    examples = float(fields["num_examples"])
+    if not 0 < examples <= limits.max_examples:
+        raise reject(
+            "WEIGHT", f"num_examples is {examples:g}; expected 0 < n <= {limits.max_examples:g}"
+        )
+    return ClientUpdate(
+        run=expected.run,
+        round=expected.round,
+        attempt=expected.attempt,
+        client=client,
+        start_sha256=expected.start_sha256,
+        delta=AdapterState(expected.spec, tensors),
+        num_examples=examples,
+        metrics=fields["metrics"],
+        start=expected.start,
+        weight=1.0 if limits.uniform else examples,
+    )

@@ -1,0 +1,328 @@
+"""Federation: a job made real on this machine, and the runs that are made of it."""
+
+import dataclasses
+import platform
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora.adapter import AdapterSpec, AdapterState, trained_shapes
+from fedlora.adapters import METHODS
+from fedlora.adapters.files import load_adapter
+from fedlora.adapters.inject import AdaptedModel, adapt
+from fedlora.checkpoint import RunStore
+from fedlora.client.site import Site
+from fedlora.client.state import ClientState
+from fedlora.config.job import Job
+from fedlora.config.load import dump_job
+from fedlora.data.example import Example
+from fedlora.data.federated import ClientData, FederatedData, load_federated
+from fedlora.errors import RunFolderError
+from fedlora.evaluate import evaluate, exact_match
+from fedlora.messages import ClientUpdate
+from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
+from fedlora.server.admission import Limits
+from fedlora.server.rounds import Event, RoundLoop, RoundSettings, resume_state
+from fedlora.simulation.local import LocalLink
+from fedlora.simulation.metrics import MetricsLog
+from fedlora.simulation.scenario import Scenario
+from fedlora.strategies.base import Strategy, StrategyState
+from fedlora.strategies.plugin import find_strategy
+from fedlora.wire import encode_json
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What several runs of one comparison share: base model, adapter slots and data."""
+
+    processor: Processor
+    data: FederatedData
+    base: BaseModel
+    adapted: AdaptedModel
+    initial: AdapterState
+
+
+def load(job: Job) -> Loaded:
+    """Loads model and data and attaches a fresh adapter.
+
+    Raises:
+        ConfigError, DataError, ModelError, AdapterError: bad input, all with exit code 2.
+    """
+    torch.set_num_threads(job.run.threads)
+    processor = load_processor(job.model)
+    data = load_federated(
+        job.data,
+        job.partition,
+        job.model.task,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        seed=job.run.seed,
+    )
+    base = load_base(
+        job.model,
+        labels=data.labels,
+        pad_id=processor.pad_id,
+        seed=job.run.seed,
+        device=job.run.device,
+    )
+    section = job.adapter
+    heads = base.heads if section.heads == "auto" else tuple(section.heads)
+    if section.start is not None:
+        adapted = _continued(base, Path(section.start), section.dropout)
+    else:
+        adapted = adapt(
+            base.model,
+            method=section.method,
+            rank=section.rank,
+            alpha=section.alpha,
+            targets=section.targets,
+            heads=heads,
+            base_fingerprint=base.fingerprint,
+            seed=job.run.seed,
+            dropout=section.dropout,
+            options=section.options,
+        )
+    return Loaded(processor, data, base, adapted, adapted.state())
+
+
+def _continued(base: BaseModel, folder: Path, dropout: float) -> AdaptedModel:
+    start = load_adapter(folder)
+    adapted = AdaptedModel.from_spec(
+        base.model, start.spec, base.fingerprint, start.basis or None, dropout
+    )
+    adapted.load(start.tensors)
+    return adapted
+
+
+class Federation:
+    """One run: its job, its clients and its folder.
+
+    Args:
+        job: the run's job.
+        loaded: model and data.
+        clients: which clients take part, with their data; by default all of `loaded`.
+        emit: receives every event, besides metrics.jsonl.
+        progress: called with a client's name when its work begins.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        loaded: Loaded,
+        *,
+        clients: Mapping[str, ClientData] | None = None,
+        emit: Emit | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.job = job
+        self.loaded = loaded
+        self.clients = dict(sorted((clients or loaded.data.clients).items()))
+        self.emit = emit or (lambda event: None)
+        self.spec: AdapterSpec = loaded.initial.spec
+        self.method = METHODS[self.spec.method]
+        self.strategy: Strategy = find_strategy(job.federation.strategy)(
+            self.method, job.federation.strategy_options
+        )
+        self.scenario = Scenario(
+            job.scenario,
+            list(self.clients),
+            rank=self.spec.rank,
+            seed=job.run.seed,
+            max_update_norm=job.federation.max_update_norm,
+        )
+        self.strategy.check(self.spec, [client.rank for client in self.scenario.clients])
+        self.link = LocalLink(self.scenario, self._work, progress)
+        self._folder = Path()
+
+    def start(self, folder: Path) -> RunStore:
+        """Creates the run folder with round 0 and reports the start.
+
+        Raises:
+            RunFolderError: the folder is not empty.
+            StorageError: the disk refused.
+        """
+        job, loaded = self.job, self.loaded
+        test = loaded.data.test
+        with loaded.adapted.base_only():
+            base_scores = self.scores(test)
+        num_trained = sum(
+            int(torch.Size(shape).numel())
+            for shape in trained_shapes(self.spec, self.method).values()
+        )
+        start: Event = {
+            "event": "start",
+            "round": 0,
+            "name": job.run.name,
+            "strategy": job.federation.strategy,
+            "method": self.spec.method,
+            "rounds": job.federation.rounds,
+            "num_trained": num_trained,
+            "num_test": len(test),
+            "eval": base_scores,
+            "labels": list(loaded.data.labels),
+            "clients": {
+                info.name: {
+                    "train": len(self.clients[info.name].train),
+                    "validation": len(self.clients[info.name].validation),
+                    "composition": self.clients[info.name].composition,
+                    "rank": info.rank,
+                    "hostile": list(self.scenario.kinds(info.name)),
+                }
+                for info in self.scenario.clients
+            },
+            "unusable": _unusable(loaded.data),
+            "machine": machine(job.run.threads),
+        }
+        record = {
+            "run": secrets.token_hex(8),
+            "spec_digest": self.spec.digest(),
+            "extra": {},
+            "events": [start],
+        }
+        state = self.strategy.init(loaded.initial)
+        files = {"spec.json": encode_json(self.spec.to_json())}
+        store = RunStore.create(folder, dump_job(job), job.digest(), state.tensors, record, files)
+        self._log(store).append(start)
+        self.emit(start)
+        return store
+
+    def run(self, store: RunStore, until: int | None = None) -> StrategyState:
+        """Runs from the last committed round to `until` (by default the end).
+
+        Raises:
+            RunFailed: the run stopped early; see `RoundLoop.run`.
+            RunFolderError: the folder belongs to another base model or adapter.
+        """
+        job = self.job
+        self._folder = store.folder
+        committed = store.load()
+        genesis = store.record(0) or committed.record
+        if genesis.get("spec_digest", self.spec.digest()) != self.spec.digest():
+            raise RunFolderError(
+                f"{store.folder} was started with another base model or adapter than this "
+                "machine makes from its job; restore the base model it was started with"
+            )
+        log = self._log(store)
+        log.reconcile(store, committed.round)
+        if store.fallback:
+            self.emit({"event": "fallback", "why": store.fallback})
+
+        def emit(event: Event) -> None:
+            log.append(event)
+            self.emit(event)
+
+        if committed.round:
+            emit({"event": "resume", "round": committed.round})
+        federation = job.federation
+        loop = RoundLoop(
+            run=str(committed.record["run"]),
+            store=store,
+            link=self.link,
+            strategy=self.strategy,
+            method=self.method,
+            basis=self.loaded.adapted.basis,
+            settings=RoundSettings(
+                seed=job.run.seed,
+                rounds=federation.rounds,
+                clients_per_round=federation.clients_per_round,
+                quorum=federation.quorum,
+                deadline_s=federation.deadline_s,
+                retries=federation.retries,
+                local_steps=job.training.local_steps,
+                optimizer_state=job.training.optimizer_state,
+                evaluate_every=job.evaluation.every,
+                keep_rounds=job.run.keep_rounds,
+                keep_every=job.run.keep_every,
+                limits=Limits(
+                    federation.max_update_norm,
+                    federation.max_examples,
+                    federation.weighting == "uniform",
+                ),
+            ),
+            evaluate=self._evaluate,
+            emit=emit,
+        )
+        initial = self.strategy.init(self.loaded.initial)
+        return loop.run(resume_state(committed, initial), until)
+
+    def scores(self, examples: list[Example]) -> dict[str, float]:
+        """Figures of the model as it stands."""
+        job, loaded = self.job, self.loaded
+        found = evaluate(
+            loaded.base.model,
+            examples,
+            task=job.model.task,
+            pad_id=loaded.processor.pad_id,
+            batch_size=job.evaluation.batch_size,
+        )
+        if job.evaluation.exact_match:
+            found["exact_match"] = exact_match(
+                loaded.base.model,
+                loaded.processor.tokenizer,
+                examples,
+                pad_id=loaded.processor.pad_id,
+                max_new_tokens=job.evaluation.max_new_tokens,
+            )
+        return found
+
+    def hold(self, adapter: AdapterState) -> None:
+        """Puts a global adapter into the model."""
+        self.loaded.adapted.rerank(adapter.spec)
+        self.loaded.adapted.load(adapter.tensors)
+
+    def _evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
+        self.hold(adapter)
+        return self.scores(self.loaded.data.test)
+
+    def _work(self, client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> ClientUpdate:
+        data = self.clients[client]
+        poisoned = self.scenario.poison(client, data.train, len(self.loaded.data.labels))
+        site = Site(
+            client,
+            self.loaded.adapted,
+            self.spec,
+            dataclasses.replace(data, train=poisoned),
+            self.job.training,
+            task=self.job.model.task,
+            pad_id=self.loaded.processor.pad_id,
+            seed=self.job.run.seed,
+            rounds=self.job.federation.rounds,
+            state=ClientState(self._folder / "clients" / client),
+        )
+        return site.work(manifest, fetch)
+
+    def _log(self, store: RunStore) -> MetricsLog:
+        return MetricsLog(store.folder / "metrics.jsonl")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures depend on besides the job."""
+    return {
+        "processor": _processor(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": threads,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _unusable(data: FederatedData) -> dict[str, Any]:
+    """Counts by reason, and where the first rows of each reason came from."""
+    first = {reason: origins[:5] for reason, origins in data.unusable.dropped.items()}
+    return {"counts": data.unusable.counts, "first": first}

@@ -1,0 +1,69 @@
+"""LocalLink: every client in this process, through the same bytes as over a network."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from fedlora.errors import FedloraError, StorageError
+from fedlora.messages import ClientUpdate
+from fedlora.server.link import Reply, Task
+from fedlora.simulation.scenario import Scenario
+from fedlora.strategies.base import ClientInfo
+from fedlora.wire import decode_broadcast, encode_update
+
+Work = Callable[[str, bytes, Callable[[str], bytes]], ClientUpdate]
+
+
+class LocalLink:
+    """Runs tasks one after the other.
+
+    Args:
+        scenario: who exists, who is absent, slow or hostile.
+        work: (client, manifest, fetch) -> update; does one client's part of a round.
+        progress: called with a client's name when its work begins.
+    """
+
+    def __init__(
+        self, scenario: Scenario, work: Work, progress: Callable[[str], None] | None = None
+    ) -> None:
+        self.scenario = scenario
+        self.work = work
+        self.progress = progress
+        # digests each client holds from earlier rounds, by part
+        self._held: dict[str, dict[str, str]] = {}
+        self._recorded: dict[str, tuple[bytes, bytes]] = {}
+
+    def roster(self) -> Sequence[ClientInfo]:
+        return self.scenario.clients
+
+    def exchange(
+        self, tasks: Sequence[Task], parts: Mapping[str, bytes], deadline_s: float
+    ) -> Iterator[Reply]:
+        for task in sorted(tasks, key=lambda task: task.client):
+            reply = self._one(task, parts, deadline_s)
+            if reply is not None:
+                yield reply
+
+    def _one(self, task: Task, parts: Mapping[str, bytes], deadline_s: float) -> Reply | None:
+        broadcast = decode_broadcast(task.manifest)
+        plan, client = broadcast.plan, task.client
+        if self.scenario.absent(client, plan.round, plan.attempt):
+            return None
+        held = set(self._held.get(client, {}).values())
+        down = len(task.manifest)
+        down += sum(len(parts[d]) for d in set(broadcast.parts.values()) if d not in held)
+        self._held[client] = dict(broadcast.parts)
+        seconds = self.scenario.virtual_seconds(client, plan.local_steps)
+        if seconds > deadline_s:
+            # a straggler would train in vain: its reply comes when the round is closed
+            return Reply(client, b"", b"", down, deadline_s)
+        if self.progress:
+            self.progress(client)
+        try:
+            update = self.work(client, task.manifest, parts.__getitem__)
+        except StorageError:
+            raise
+        except FedloraError as e:
+            return Reply(client, b"", b"", down, seconds, error=str(e))
+        manifest, payload = encode_update(self.scenario.tamper(update))
+        if "replay" in self.scenario.kinds(client):
+            manifest, payload = self._recorded.setdefault(client, (manifest, payload))
+        return Reply(client, manifest, payload, down, seconds)

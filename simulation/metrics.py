@@ -1,0 +1,52 @@
+"""metrics.jsonl: one JSON object per line, a projection of what was committed."""
+
+import json
+from pathlib import Path
+
+from fedlora.checkpoint import RunStore
+from fedlora.server.rounds import Event
+from fedlora.storage import storage_errors, write_atomic
+
+
+class MetricsLog:
+    """Appends events; after a crash it is brought back to what the rounds' records say."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: Event) -> None:
+        """One more line.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, sort_keys=True) + "\n")
+
+    def read(self) -> list[Event]:
+        """All whole lines."""
+        events: list[Event] = []
+        try:
+            lines = self.path.read_text("utf-8").splitlines()
+        except FileNotFoundError:
+            return events
+        for line in lines:
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+        return events
+
+    def reconcile(self, store: RunStore, head: int) -> None:
+        """Drops what was not committed, adds what was committed but not written."""
+        old = self.read()
+        kept = [e for e in old if e.get("round", 0) <= head and e.get("event") != "end"]
+        rounds = {e["round"] for e in kept if e.get("event") in ("start", "round")}
+        for number in range(head + 1):
+            record = store.record(number)
+            if number not in rounds and record is not None:
+                kept = [e for e in kept if e.get("round") != number] + record["events"]
+        if kept != old:
+            kept.sort(key=lambda event: int(event.get("round", 0)))
+            text = "".join(json.dumps(event, sort_keys=True) + "\n" for event in kept)
+            write_atomic(self.path, text.encode())

@@ -1,0 +1,58 @@
+"""Finds a strategy class by name, by `file.py:Class` or by `package.module:Class`."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+from fedlora.errors import ConfigError, near_miss
+from fedlora.strategies import STRATEGIES
+from fedlora.strategies.base import Strategy
+
+
+def find_strategy(name: str) -> type[Strategy]:
+    """The class that `federation.strategy = name` means.
+
+    Raises:
+        ConfigError: unknown name, missing file, or not a Strategy class.
+    """
+    if ":" not in name:
+        if name not in STRATEGIES:
+            raise ConfigError(
+                f'federation.strategy = "{name}" is not known{near_miss(name, STRATEGIES)}; '
+                f"known: {', '.join(STRATEGIES)}"
+            )
+        return STRATEGIES[name]
+    place, _, class_name = name.rpartition(":")
+    try:
+        module = (
+            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        )
+    except ConfigError:
+        raise
+    except Exception as e:  # a plug-in may fail to import in any way it likes
+        raise ConfigError(
+            f'federation.strategy = "{name}" cannot be imported: {type(e).__name__}: {e}'
+        ) from e
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        classes = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, Strategy) and value is not Strategy
+        ]
+        raise ConfigError(
+            f'federation.strategy = "{name}": {place} has no strategy class {class_name!r}; '
+            f"it has {', '.join(classes) or 'none'}"
+        )
+    return found
+
+
+def _from_file(path: Path) -> object:
+    if not path.is_file():
+        raise ConfigError(f"federation.strategy names the file {path}, which does not exist")
+    spec = importlib.util.spec_from_file_location(f"fedlora_plugin_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
