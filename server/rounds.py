@@ -69,7 +69,8 @@ class RoundLoop:
         store: where rounds are committed.
         link: the clients.
         strategy: how updates are merged.
-        method, basis: of the adapter; the basis is sent once to each client.
+        method, basis: of the adapter.
+        sent_basis: the basis again if clients cannot make it themselves; each gets it once.
         evaluate: measures a global adapter; None where the server has no data.
         emit: receives every event of the run.
     """
@@ -83,6 +84,7 @@ class RoundLoop:
         strategy: Strategy,
         method: Method,
         basis: Basis,
+        sent_basis: Basis,
         settings: RoundSettings,
         evaluate: Evaluate | None,
         emit: Callable[[Event], None],
@@ -93,8 +95,7 @@ class RoundLoop:
         self.strategy = strategy
         self.method = method
         self.basis = basis
-        # a seeded basis is made by every client and compared by digest, never sent
-        self.sent_basis = basis if method.basis_provenance == "derived" else {}
+        self.sent_basis = sent_basis
         self.settings = settings
         self.evaluate = evaluate
         self.emit = emit

@@ -35,6 +35,7 @@ from fedlora.strategies.plugin import find_strategy
 from fedlora.wire import encode_json
 
 Emit = Callable[[Event], None]
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,9 @@ class Federation:
         )
         self.strategy.check(self.spec, [client.rank for client in self.scenario.clients])
         self.link = LocalLink(self.scenario, self._work, progress)
+        derived = self.method.basis_provenance == "derived"
+        # what must be sent, for others cannot make it themselves
+        self.sent_basis = loaded.adapted.basis if derived else {}
         self._folder = Path()
 
     def start(self, folder: Path) -> RunStore:
@@ -227,6 +231,7 @@ class Federation:
             strategy=self.strategy,
             method=self.method,
             basis=self.loaded.adapted.basis,
+            sent_basis=self.sent_basis,
             settings=RoundSettings(
                 seed=job.run.seed,
                 rounds=federation.rounds,
@@ -251,7 +256,7 @@ class Federation:
         initial = self.strategy.init(self.loaded.initial)
         return loop.run(resume_state(committed, initial), until)
 
-    def scores(self, examples: list[Example]) -> dict[str, float]:
+    def scores(self, examples: list[Example]) -> Scores:
         """Figures of the model as it stands."""
         job, loaded = self.job, self.loaded
         found = evaluate(

@@ -115,7 +115,7 @@ class BoneRowLayer(AdapterLayer):
         else:
             # in bf16, x + z would lose a small z
             y = F.linear(z[..., :k].to(self.weight.dtype), self.weight).add(self.base(x))
-        shared = z.reshape(*x.shape[:-1], -1, b).sum(-2)  # (..., b)
+        shared = z.reshape(*x.shape[:-1], -(-k // b), b).sum(-2)  # (..., b)
         tiled = shared.repeat(*[1] * (x.dim() - 1), -(-d // b))[..., :d]
         return y + tiled.to(y.dtype)
 

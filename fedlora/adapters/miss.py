@@ -97,7 +97,7 @@ class MissLayer(AdapterLayer):
         y: Tensor = self.base(x)
         rank = self.layer.rank
         padded = pad_last(self.dropout(x).to(self.factor_dtype), rank)
-        shards = padded.reshape(*x.shape[:-1], -1, rank)
+        shards = padded.reshape(*x.shape[:-1], padded.shape[-1] // rank, rank)
         change: Tensor = self.D(shards.sum(-2))  # (..., d) or (..., r2)
         if self.layer.tile:
             change = change.repeat(*[1] * (x.dim() - 1), self.layer.out // self.layer.tile)

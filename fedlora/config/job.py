@@ -222,6 +222,9 @@ class EvaluationSection(Section):
     """Rounds between evaluations; the last round is always evaluated."""
     batch_size: Positive = 16
     """Examples per forward pass."""
+    baselines: list[Literal["local", "centralised"]] = []
+    """What the final adapter is set against, at equal local work: each client alone, and all
+    data in one place."""
     exact_match: bool = False
     """Also generate completions and compare them exactly (completion data only)."""
     max_new_tokens: Positive = 32

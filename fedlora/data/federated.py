@@ -12,7 +12,7 @@ from fedlora.config.job import DataSection, PartitionSection
 from fedlora.data.encoder import Encoder, encode_first
 from fedlora.data.example import Example
 from fedlora.data.formats import build_encoder, find_labels, resolve_format
-from fedlora.data.labelled import Labels
+from fedlora.data.labelled import Labels, sorted_names
 from fedlora.data.partition import partition_rows
 from fedlora.data.rows import Row, Table
 from fedlora.data.source import BUILTIN, read_source
@@ -109,7 +109,7 @@ def load_federated(
     clients = {}
     for name, numbers in sorted(division.clients.items()):
         rows = [table.rows[number] for number in numbers]
-        clients[name] = _client(data, name, rows, encoder, labels, column, seed)
+        clients[name] = _client(data, name, rows, encoder, _composition(rows, labels, column), seed)
 
     unassigned = Unusable()
     for number in division.unassigned:
@@ -154,8 +154,7 @@ def _client(
     name: str,
     rows: Sequence[Row],
     encoder: Encoder,
-    labels: Labels | None,
-    column: str,
+    composition: dict[str, int],
     seed: int,
 ) -> ClientData:
     num_validation = 0
@@ -175,13 +174,17 @@ def _client(
             f"for validation, unusable: {unusable.counts or 'none'}; expected at least one; give "
             "it more rows (fewer clients, a larger partition.min_size) or correct them"
         )
+    return ClientData(name, train, validation, unusable, composition)
+
+
+def _composition(rows: Sequence[Row], labels: Labels | None, column: str) -> dict[str, int]:
     if labels:
         counted = Counter(labels.name(row) for row in rows)
-    elif all(column in row.values for row in rows):
-        counted = Counter(str(row.values[column]) for row in rows)
-    else:
-        counted = Counter({"rows": len(rows)})
-    return ClientData(name, train, validation, unusable, dict(sorted(counted.items())))
+        return {name: counted[name] for name in labels.names if counted[name]}
+    if not all(column in row.values for row in rows):
+        return {"rows": len(rows)}
+    counted = Counter(str(row.values[column]) for row in rows)
+    return {name: counted[name] for name in sorted_names(counted)}
 
 
 def _test(

@@ -37,8 +37,8 @@ def resolve_format(data: DataSection, task: str, table: Table) -> str:
                 raise DataError(
                     f'{table.name} has no column "{data.messages}", no "{data.prompt}" with '
                     f'"{data.completion}", and no "{data.text}"'
-                    f"{near_miss(data.text, table.columns)}; columns: {table.column_list}; set data.messages, data.prompt and "
-                    "data.completion, or data.text"
+                    f"{near_miss(data.text, table.columns)}; columns: {table.column_list}; "
+                    "set data.messages, data.prompt and data.completion, or data.text"
                 )
     if form not in known:
         raise ConfigError(

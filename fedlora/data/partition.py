@@ -94,7 +94,8 @@ def partition_rows(
     partitioner, advice = _partitioner(kind, clients, alpha, min_size, per_client, seed_32)
     try:
         parts = _load_parts(partitioner, columns, clients)
-    except ValueError as e:
+    # more shards than rows end in a division by zero there
+    except (ValueError, ZeroDivisionError) as e:
         raise DataError(f"partition: {have}; {advice}") from e
     width = max(3, len(str(clients - 1)))
     named = {f"client-{place:0{width}}": sorted(rows) for place, rows in enumerate(parts)}

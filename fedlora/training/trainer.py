@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def train(
     batches = loader(examples, order, pad_id, settings.num_workers)
     loss, count = 0.0, 0
     model.train()
-    _checkpointing(adapted, on=settings.gradient_checkpointing)
+    if settings.gradient_checkpointing:
+        _checkpointing(adapted, on=True)
     try:
         for step in range(work.steps):
             micro = [next(batches) for _ in range(settings.accumulation)]
@@ -119,7 +121,8 @@ def train(
             count += step_count
             _step(optimizer, parameters, settings, work, step, step_count)
     finally:
-        _checkpointing(adapted, on=False)
+        if settings.gradient_checkpointing:
+            _checkpointing(adapted, on=False)
         model.eval()
     return LocalResult(
         loss / count if count else None, count, optimizer_tensors(optimizer, parameters)
@@ -147,7 +150,7 @@ def _step(
 
 
 def _checkpointing(adapted: AdaptedModel, *, on: bool) -> None:
-    model = adapted.model
+    model: Any = adapted.model
     if on:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise TrainingError(
@@ -155,5 +158,5 @@ def _checkpointing(adapted: AdaptedModel, *, on: bool) -> None:
                 "training.gradient_checkpointing = false"
             )
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif getattr(model, "is_gradient_checkpointing", False):
+    elif hasattr(model, "gradient_checkpointing_disable"):
         model.gradient_checkpointing_disable()

@@ -57,7 +57,7 @@ def test_bilinear_methods_miss_by_the_covariance_of_their_factors(case):
     """sum_i w_i P_i Q_i - (mean P)(mean Q) = sum_i w_i (P_i - mean P)(Q_i - mean Q)."""
     first, second = METHODS[case.method].bilinear_factors
     assert (first, second) == PAIRS[case.method]
-    layer, change, held = clients(case)
+    _, change, held = clients(case)
     centre = mean_factors(held)
     gap = mean([change(f) for f in held]) - change(centre)
     # the change of a product of deviations, without the constant of a derived basis
@@ -89,7 +89,7 @@ def test_first_bilinear_factor_starts_at_zero_or_at_the_basis(case):
 @pytest.mark.parametrize("case", RESIZABLE, ids=str)
 def test_a_larger_rank_embeds_the_same_change(case):
     method = METHODS[case.method]
-    layer, change, held = clients(case)
+    layer, _, held = clients(case)
     old = layer.layer
     new = LayerSpec(old.name, old.out, old.inp, 2 * old.rank, old.scale, old.tile)
     grown = {n: method.resize(n, t, old, new) for n, t in held[0].items()}

@@ -1,0 +1,72 @@
+"""`fedlora evaluate`"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from fedlora.cli.simulate import KNOWN
+from fedlora.config.job import Job
+from fedlora.config.load import load_job
+from fedlora.data.federated import load_test
+from fedlora.errors import ConfigError
+from fedlora.evaluate import evaluate, exact_match
+from fedlora.models.assemble import assemble
+from fedlora.report.text_table import scores_table
+
+
+def run_evaluate(
+    path: Path, model: str | None, data: Path | None, overrides: Sequence[str], *, as_json: bool
+) -> None:
+    """Measures base and adapter on a file or on the run's own test data."""
+    job_file = next((p / "job.toml" for p in (path, path.parent) if (p / "job.toml").is_file()), None)
+    if job_file is None and data is None:
+        raise ConfigError(f"{path} has no job.toml beside it, so no test data; give --data FILE")
+    extra = [f'data.test="{data}"'] if data is not None else []
+    job = load_job(job_file, [*overrides, *extra], KNOWN) if job_file else Job()
+    torch.set_num_threads(job.run.threads)
+    assembled = assemble(path, model, job.run.device)
+    if job_file is None:
+        task = f'model.task="{assembled.section.task}"'
+        job = load_job(None, [*overrides, *extra, task], KNOWN)
+    processor = assembled.processor
+    examples = load_test(
+        job.data,
+        job.partition,
+        assembled.section.task,
+        labels=assembled.adapter.labels,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        seed=job.run.seed,
+    )
+
+    def scores() -> dict[str, float]:
+        found = evaluate(
+            assembled.base.model,
+            examples,
+            task=assembled.section.task,
+            pad_id=processor.pad_id,
+            batch_size=job.evaluation.batch_size,
+        )
+        if job.evaluation.exact_match:
+            found["exact_match"] = exact_match(
+                assembled.base.model,
+                processor.tokenizer,
+                examples,
+                pad_id=processor.pad_id,
+                max_new_tokens=job.evaluation.max_new_tokens,
+            )
+        return found
+
+    with assembled.adapted.base_only():
+        base = scores()
+    result: dict[str, Any] = {"num_examples": len(examples), "base": base, "adapter": scores()}
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    from rich.console import Console
+
+    Console().print(scores_table({"base": base, "adapter": result["adapter"]}))

@@ -1,0 +1,32 @@
+"""`fedlora export`"""
+
+from pathlib import Path
+
+import typer
+
+from fedlora.errors import ConfigError
+
+
+def run_export(path: Path, out: Path, form: str, model: str | None) -> None:
+    """Writes the adapter in PEFT format, or the merged model.
+
+    Raises:
+        ConfigError: an unknown format, or an output folder that is not empty.
+    """
+    from fedlora.models.assemble import assemble
+    from fedlora.models.export import export_base, export_merged, export_to_peft
+
+    if form not in ("peft", "merged"):
+        raise ConfigError(f"--format {form!r} is not known; known: peft, merged")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} exists and is not empty; choose another folder")
+    assembled = assemble(path, model)
+    if form == "merged":
+        export_merged(assembled, out)
+        typer.echo(f"wrote {out}: the base model with the adapter in its weights (float32)")
+        return
+    base_name = assembled.section.name
+    if base_name.startswith("builtin:"):
+        base_name = str(export_base(assembled, out / "base"))
+    export_to_peft(assembled, out, base_name)
+    typer.echo(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")

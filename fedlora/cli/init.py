@@ -1,0 +1,23 @@
+"""`fedlora init`"""
+
+from pathlib import Path
+
+import typer
+
+from fedlora.config.template import render_template
+from fedlora.errors import ConfigError
+from fedlora.storage import write_atomic
+
+
+def run_init(path: Path) -> None:
+    """Writes the commented job file.
+
+    Raises:
+        ConfigError: the file exists.
+    """
+    if path.is_dir():
+        path = path / "job.toml"
+    if path.exists():
+        raise ConfigError(f"{path} exists; give another path or remove it")
+    write_atomic(path, render_template().encode())
+    typer.echo(f"wrote {path}; run it with: fedlora simulate {path}")

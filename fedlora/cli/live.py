@@ -1,0 +1,197 @@
+"""LiveView: a run as it goes, as a live table in a terminal and as plain lines elsewhere."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.config.job import Job
+from fedlora.report.headline import format_headline, headline_metric
+
+SHOWN_ROUNDS = 12
+COLUMNS = ("round", "loss", "held-out", "clients", "rejected", "up", "down", "agg. error")
+
+
+class LiveView:
+    """Receives events and shows them; use as a context manager.
+
+    Args:
+        job: the run's job.
+        folder: its folder.
+        quiet: show nothing (a script reads the result).
+    """
+
+    def __init__(self, job: Job, folder: Path, *, quiet: bool = False) -> None:
+        self.job = job
+        self.folder = folder
+        self.quiet = quiet
+        self.console = Console()
+        self.summary: dict[str, Any] = {}
+        self._rounds: list[dict[str, Any]] = []
+        self._start: dict[str, Any] = {}
+        self._done = 0
+        self._note = "loading model and data"
+        self._began = time.monotonic()
+        self._first = 0
+        self._live: Live | None = None
+
+    def __enter__(self) -> "LiveView":
+        if self.console.is_terminal and not self.quiet:
+            self._live = Live(self._render(), console=self.console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leaves the last picture on the screen."""
+        if self._live is not None:
+            self._live.update(self._render())
+            self._live.stop()
+            self._live = None
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Shows one event of the run."""
+        kind = event["event"]
+        if kind == "start":
+            self._start = event
+            self._say(self._opening())
+        elif kind == "round":
+            self._rounds.append(event)
+            self._done = event["round"]
+            if not self._first:
+                self._first = event["round"] - 1
+            self._say(self._line(event))
+        elif kind == "rejected":
+            self._say(
+                f"round {event['round']}: rejected {event['client']} ({event['code']}): "
+                f"{event['detail']}"
+            )
+        elif kind == "abandoned":
+            self._say(f"round {event['round']} abandoned: {event['why']}")
+        elif kind == "resume":
+            self._done = self._first = event["round"]
+            self._began = time.monotonic()
+            self._say(f"continuing after round {event['round']}")
+        elif kind == "fallback":
+            self._say(f"warning: {event['why']}")
+
+    def working(self, client: str) -> None:
+        """A client begins its part of a round."""
+        self._note = f"round {self._done + 1}: {client} is training"
+        self._refresh()
+
+    def finishing(self) -> None:
+        """All rounds are done."""
+        self._note = "evaluating each client"
+        self._refresh()
+
+    def baseline_event(self, event: dict[str, Any]) -> None:
+        """Shows that a baseline has begun."""
+        if event["event"] == "start":
+            self._note = f"baseline: {', '.join(event['clients'])} alone"
+            self._say(self._note)
+
+    def print_result(self) -> None:
+        """The final table and where things are."""
+        if self.quiet or not self.summary:
+            return
+        from fedlora.report.text_table import result_table
+
+        self.console.print(result_table(self.summary, self.job.model.task))
+        self.console.print(
+            f"adapter  {self.folder / 'adapter'}\nreport   {self.folder / 'report.html'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self._live is None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif (text.startswith(("warning", "round")) and "rejected" in text) or "abandoned" in text:
+            self._live.console.print(text, markup=False, highlight=False)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._render())
+
+    def _opening(self) -> str:
+        start = self._start
+        metric = headline_metric(self.job.model.task)
+        scores = start["eval"]
+        base = f", base {format_headline(metric, scores[metric])}" if metric in scores else ""
+        dropped = start["unusable"]["counts"]
+        rows = f"\nrows: {', '.join(f'{n} {why}' for why, n in dropped.items())}" if dropped else ""
+        return (
+            f"{start['name']}: {len(start['clients'])} clients, {start['rounds']} rounds, "
+            f"{start['strategy']} on {start['method']} ({start['num_trained']:,} trained numbers)"
+            f"{base}{rows}"
+        )
+
+    def _line(self, event: dict[str, Any]) -> str:
+        cells = self._cells(event)
+        return "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True))
+
+    def _cells(self, event: dict[str, Any]) -> tuple[str, ...]:
+        metric = headline_metric(self.job.model.task)
+        value = event["eval"].get(metric)
+        error = event["aggregation_error"]
+        loss = event["train_loss"]
+        return (
+            f"{event['round']}/{self.job.federation.rounds}",
+            "-" if loss is None else f"{loss:.4f}",
+            "-" if value is None else format_headline(metric, value),
+            str(len(event["clients"])),
+            str(event["rejected"]),
+            _megabytes(event["bytes_up"]),
+            _megabytes(event["bytes_down"]),
+            "-" if error is None else f"{error:.1e}",
+        )
+
+    def _render(self) -> RenderableType:
+        table = Table(box=None, pad_edge=False)
+        for name in (
+            "round",
+            "loss",
+            "held-out",
+            "clients",
+            "rejected",
+            "up",
+            "down",
+            "agg. error",
+        ):
+            table.add_column(name, justify="right")
+        for event in self._rounds[-SHOWN_ROUNDS:]:
+            table.add_row(*self._cells(event))
+        head = Text(self._opening() if self._start else f"{self.job.run.name}")
+        return Group(head, table, Text(f"{self._note}{self._eta()}", style="dim"))
+
+    def _eta(self) -> str:
+        fresh = self._done - self._first
+        left = self.job.federation.rounds - self._done
+        if not fresh or not left:
+            return ""
+        seconds = (time.monotonic() - self._began) / fresh * left
+        return (
+            f" (about {seconds / 60:.0f} min left)"
+            if seconds > 90
+            else f" (about {seconds:.0f} s left)"
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

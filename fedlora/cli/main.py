@@ -1,0 +1,162 @@
+"""The `fedlora` command. Each verb imports what it needs only when it is called."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlora.errors import EXIT_INTERRUPTED, EXIT_USAGE, FedloraError
+
+app = typer.Typer(
+    name="fedlora",
+    help="Federated fine-tuning of transformers with low-rank adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Override = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--override", help="Change one value of the job: section.key=value."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("job.toml"),
+) -> None:
+    """Write a commented job.toml with every option and its default.
+
+    Example: fedlora init job.toml
+    """
+    from fedlora.cli.init import run_init
+
+    run_init(path)
+
+
+@app.command()
+def simulate(
+    job: Annotated[Path | None, typer.Argument(help="Job file; without it the quickstart.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; must not exist.")] = None,
+    override: Override = None,
+    json: AsJson = False,
+) -> None:
+    """Run a whole federation on this machine.
+
+    Example: fedlora simulate job.toml --out runs/first -o federation.rounds=3
+    """
+    from fedlora.cli.simulate import run_simulate
+
+    run_simulate(job, out, override or [], as_json=json)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    json: AsJson = False,
+) -> None:
+    """Continue a run from its last committed round.
+
+    Example: fedlora resume runs/first
+    """
+    from fedlora.cli.simulate import run_resume
+
+    run_resume(folder, as_json=json)
+
+
+@app.command()
+def compare(
+    job: Annotated[Path, typer.Argument(help="Job file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the comparison; continued if it exists.")],
+    strategies: Annotated[str, typer.Option(help="Names, separated by commas.")] = "fedit",
+    baselines: Annotated[str, typer.Option(help="local, centralised or both, by comma.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from run.seed up.")] = 1,
+    override: Override = None,
+    json: AsJson = False,
+) -> None:
+    """Compare strategies and baselines at equal local work: one table, one plot.
+
+    Example: fedlora compare job.toml --strategies fedit,ffa-lora --baselines local --out cmp
+    """
+    from fedlora.cli.compare import run_compare
+
+    run_compare(job, out, strategies, baselines, seeds, override or [], as_json=json)
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Run folder or adapter folder.")],
+    model: Annotated[str | None, typer.Option(help="Base model, if not the recorded one.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data file, if not the run's test data.")
+    ] = None,
+    override: Override = None,
+    json: AsJson = False,
+) -> None:
+    """Measure an adapter, and its base, on data.
+
+    Example: fedlora evaluate runs/first --data test.jsonl --json
+    """
+    from fedlora.cli.evaluate import run_evaluate
+
+    run_evaluate(path, model, data, override or [], as_json=json)
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="Run folder or adapter folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    format: Annotated[str, typer.Option("--format", help="peft or merged.")] = "peft",
+    model: Annotated[str | None, typer.Option(help="Base model, if not the recorded one.")] = None,
+) -> None:
+    """Write an adapter for use elsewhere: PEFT format, or merged into its base model.
+
+    Example: fedlora export runs/first --format merged --out merged-model
+    """
+    from fedlora.cli.export import run_export
+
+    run_export(path, out, format, model)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Run folder, adapter folder or .safetensors file.")],
+    json: AsJson = False,
+) -> None:
+    """Say what an adapter, delta or run folder is.
+
+    Example: fedlora inspect runs/first/adapter
+    """
+    from fedlora.cli.inspect import run_inspect
+
+    run_inspect(path, as_json=json)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Federated fine-tuning of transformers with low-rank adapters."""
+    if version:
+        from fedlora import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def run() -> None:
+    """The console script: every expected error ends in one message and an exit code."""
+    try:
+        app()
+    except FedloraError as e:
+        for line in str(e).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(EXIT_USAGE)

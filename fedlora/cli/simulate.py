@@ -1,0 +1,83 @@
+"""`fedlora simulate` and `fedlora resume`"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import typer
+
+from fedlora.adapters import METHODS
+from fedlora.checkpoint import RunStore
+from fedlora.cli.live import LiveView
+from fedlora.config.job import Job
+from fedlora.config.load import load_job
+from fedlora.errors import EXIT_INTERRUPTED
+from fedlora.simulation.federation import Federation, load
+from fedlora.simulation.results import finish, is_finished
+from fedlora.strategies import STRATEGIES
+
+KNOWN = {"adapter.method": list(METHODS), "federation.strategy": list(STRATEGIES)}
+
+
+def read_job(path: Path | None, overrides: Sequence[str]) -> Job:
+    """The job file, or the quickstart, with overrides applied and names checked."""
+    if path is None:
+        path = Path(str(files("fedlora.config") / "quickstart.toml"))
+    return load_job(path, overrides, KNOWN)
+
+
+def run_simulate(
+    path: Path | None, out: Path | None, overrides: Sequence[str], *, as_json: bool
+) -> None:
+    """Runs a new federation."""
+    job = read_job(path, overrides)
+    folder = out or Path("runs") / f"{job.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    view = LiveView(job, folder, quiet=as_json)
+    with view:
+        federation = Federation(job, load(job), emit=view.event, progress=view.working)
+        store = federation.start(folder)
+        _drive(federation, store, view)
+    _done(view, folder, as_json=as_json)
+
+
+def run_resume(folder: Path, *, as_json: bool) -> None:
+    """Continues a run folder."""
+    job = load_job(folder / "job.toml") if (folder / "job.toml").is_file() else Job()
+    store = RunStore.open(folder, job.digest())
+    store.load()
+    view = LiveView(job, folder, quiet=as_json)
+    if is_finished(folder):
+        store.close()
+        typer.echo(f"{folder} is finished; its report is {folder / 'report.html'}")
+        return
+    with view:
+        federation = Federation(job, load(job), emit=view.event, progress=view.working)
+        _drive(federation, store, view)
+    _done(view, folder, as_json=as_json)
+
+
+def _drive(federation: Federation, store: RunStore, view: LiveView) -> None:
+    try:
+        state = federation.run(store)
+        view.finishing()
+        view.summary = finish(federation, store, state, view.baseline_event)
+    except KeyboardInterrupt:
+        view.stop()
+        print(
+            f"interrupted; every committed round is kept. Continue with: "
+            f"fedlora resume {store.folder}",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        store.close()
+
+
+def _done(view: LiveView, folder: Path, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), **view.summary}))
+    else:
+        view.print_result()

@@ -1,0 +1,1 @@
+"""Record-level privacy: per-sample gradients of adapters."""

@@ -1,0 +1,115 @@
+"""Per-sample gradients, and their norms, of our own leaf modules, for Opacus.
+
+Opacus calls a sampler with the leaf, its positional inputs and the gradient of its output,
+all with the batch in dimension 0; see its "Supporting new layers" guide,
+https://github.com/pytorch/opacus/tree/main/opacus/grad_sample. Without a sampler it would
+differentiate the module sample by sample.
+
+Shapes: N samples, T tokens, b block size, n blocks. Plain linear leaves need nothing here:
+Opacus knows nn.Linear.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapters.leaves import (
+    BlockDiagLinear,
+    BoneColDelta,
+    DiagScale,
+    pad_last,
+    padded_blocks,
+)
+
+Samples = dict[nn.Parameter, Tensor]
+
+
+def register_grad_samplers() -> None:
+    """Makes the samplers known to Opacus; calling it again changes nothing.
+
+    Raises:
+        ImportError: Opacus is not installed (extra "privacy").
+    """
+    from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+
+    register_grad_sampler(DiagScale)(diag_scale_grads)
+    register_norm_sampler(DiagScale)(diag_scale_norms)
+    register_grad_sampler(BlockDiagLinear)(block_diag_grads)
+    register_norm_sampler(BlockDiagLinear)(block_diag_norms)
+    register_grad_sampler(BoneColDelta)(bone_col_grads)
+    register_norm_sampler(BoneColDelta)(bone_col_norms)
+
+
+def diag_scale_grads(leaf: DiagScale, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+    """sum_t x_t * g_t, (N, f)."""
+    if not leaf.weight.requires_grad:
+        return {}
+    x = inputs[0].to(backprops.dtype)
+    return {leaf.weight: _tokens(x * backprops).sum(1)}
+
+
+def diag_scale_norms(leaf: DiagScale, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+    """Norms (N,) of `diag_scale_grads`."""
+    return _norms(diag_scale_grads(leaf, inputs, backprops))
+
+
+def block_diag_grads(leaf: BlockDiagLinear, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+    """sum_t u_tj x_tj^T for every block j, (N, n, b, b)."""
+    if not leaf.weight.requires_grad:
+        return {}
+    x, u = _strips(leaf, inputs[0].to(backprops.dtype)), _strips(leaf, backprops)
+    return {leaf.weight: torch.einsum("ntjo,ntji->njoi", u, x)}
+
+
+def block_diag_norms(leaf: BlockDiagLinear, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+    """Norms (N,) of `block_diag_grads`, by |sum_t u_t x_t^T|^2 = sum_ts (u_t.u_s)(x_t.x_s).
+
+    The Gram form holds T^2 numbers per block instead of b^2.
+    """
+    if not leaf.weight.requires_grad:
+        return {}
+    x, u = _strips(leaf, inputs[0].to(backprops.dtype)), _strips(leaf, backprops)
+    if x.shape[1] > x.shape[3]:
+        return _norms(block_diag_grads(leaf, inputs, backprops))
+    gram = torch.einsum("ntjo,nsjo->njts", u, u) * torch.einsum("ntji,nsji->njts", x, x)
+    return {leaf.weight: gram.sum((1, 2, 3)).clamp_min(0).sqrt()}
+
+
+def bone_col_grads(leaf: BoneColDelta, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+    """sum_t [sum_j (W_ij^T g_ti) x_tj^T + g_ti (sum_j x_tj)^T] for output strip i, (N, n, b, b)."""
+    if not leaf.weight.requires_grad:
+        return {}
+    weight, x = inputs[0].to(backprops.dtype), inputs[1].to(backprops.dtype)
+    b = leaf.weight.shape[-1]
+    w = padded_blocks(weight, b)  # (n, b, m, b)
+    xs, gs = _strips(leaf, pad_last(x, b)), _strips(leaf, pad_last(backprops, b))
+    # one strip at a time: W^T g for all of them would hold N T d k / b numbers
+    strips = []
+    for i in range(w.shape[0]):
+        pulled = torch.einsum("ojc,nto->ntjc", w[i], gs[:, :, i])
+        product = torch.einsum("ntjc,ntje->nce", pulled, xs)
+        strips.append(product + torch.einsum("nto,nte->noe", gs[:, :, i], xs.sum(2)))
+    return {leaf.weight: torch.stack(strips, 1)}
+
+
+def bone_col_norms(leaf: BoneColDelta, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+    """Norms (N,) of `bone_col_grads`."""
+    return _norms(bone_col_grads(leaf, inputs, backprops))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(N, ..., f) -> (N, T, f), also for an empty batch."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _strips(leaf: nn.Module, x: Tensor) -> Tensor:
+    """(N, ..., n b) -> (N, T, n, b)."""
+    assert isinstance(leaf.weight, Tensor)
+    b = leaf.weight.shape[-1]
+    x = _tokens(x)
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2] // b, b)
+
+
+def _norms(samples: Samples) -> Samples:
+    return {p: grads.flatten(1).norm(2, dim=1) for p, grads in samples.items()}

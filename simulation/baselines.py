@@ -1,0 +1,118 @@
+"""Baselines at equal local work: each client alone, and all data in one place.
+
+Both are runs of the same loop with one client, so that data order, learning rates and
+evaluation are those of the federation. They keep their optimiser state between rounds, as
+somebody who trains without a federation would.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.checkpoint import RunStore
+from fedlora.config.job import Job, ScenarioSection
+from fedlora.data.federated import ClientData
+from fedlora.data.unusable import Unusable
+from fedlora.server.rounds import Event
+from fedlora.simulation.federation import Emit, Federation, Loaded
+from fedlora.simulation.metrics import MetricsLog
+
+Scores = Mapping[str, float]
+
+
+def run_local(job: Job, loaded: Loaded, folder: Path, emit: Emit | None = None) -> dict[str, Any]:
+    """Every client trains alone for as many steps as in the federation.
+
+    Args:
+        job: the federation's job.
+        loaded: its model and data.
+        folder: one run folder per client is made in it, or continued.
+        emit: receives the events of these runs.
+
+    Returns:
+        "mean" and "clients" (name -> scores on the global test data), "steps_per_client".
+    """
+    single = _single(job, job.training.local_steps, every=job.federation.rounds)
+    clients = {
+        name: _last_scores(_run(single, loaded, {name: data}, folder / name, emit))
+        for name, data in loaded.data.clients.items()
+    }
+    keys = next(iter(clients.values())).keys()
+    return {
+        "mean": {key: sum(s[key] for s in clients.values()) / len(clients) for key in keys},
+        "clients": {name: dict(scores) for name, scores in clients.items()},
+        "steps_per_client": job.federation.rounds * job.training.local_steps,
+    }
+
+
+def run_centralised(
+    job: Job, loaded: Loaded, folder: Path, emit: Emit | None = None
+) -> dict[str, Any]:
+    """One client with everybody's data does the local steps of all chosen clients.
+
+    Returns:
+        "rounds" (round, steps so far, scores) and "final" scores.
+    """
+    chosen = job.federation.clients_per_round or len(loaded.data.clients)
+    steps = job.training.local_steps * chosen
+    everything = ClientData(
+        name="all",
+        train=[e for client in loaded.data.clients.values() for e in client.train],
+        validation=[],
+        unusable=Unusable(),
+        composition={"rows": sum(len(c.train) for c in loaded.data.clients.values())},
+    )
+    single = _single(job, steps, every=job.evaluation.every)
+    events = _run(single, loaded, {"all": everything}, folder, emit)
+    rounds = [
+        {"round": e["round"], "steps": e["round"] * steps, "eval": e["eval"]}
+        for e in events
+        if e["eval"]
+    ]
+    return {"rounds": rounds, "final": _last_scores(events)}
+
+
+def _single(job: Job, steps: int, every: int) -> Job:
+    federation = job.federation.model_copy(
+        update={
+            "strategy": "fedit",
+            "strategy_options": {},
+            "clients_per_round": None,
+            "quorum": 1,
+        }
+    )
+    return job.model_copy(
+        update={
+            "federation": federation,
+            "training": job.training.model_copy(
+                update={"local_steps": steps, "optimizer_state": "keep"}
+            ),
+            "scenario": ScenarioSection(),
+            "evaluation": job.evaluation.model_copy(update={"every": every, "baselines": []}),
+        }
+    )
+
+
+def _run(
+    job: Job,
+    loaded: Loaded,
+    clients: Mapping[str, ClientData],
+    folder: Path,
+    emit: Callable[[Event], None] | None,
+) -> list[Event]:
+    federation = Federation(job, loaded, clients=clients, emit=emit)
+    if (folder / "HEAD").is_file():
+        store = RunStore.open(folder, job.digest())
+    else:
+        store = federation.start(folder)
+    try:
+        federation.run(store)
+    finally:
+        store.close()
+    events = MetricsLog(folder / "metrics.jsonl").read()
+    return [event for event in events if event["event"] == "round"]
+
+
+def _last_scores(events: list[Event]) -> Scores:
+    scores: Scores = events[-1]["eval"]
+    return scores
