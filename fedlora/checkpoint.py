@@ -204,9 +204,7 @@ class RunStore:
             if sha256(encode_json(record)) != own:
                 raise RunFolderError(f"round {number}: round.json fails its own digest")
             if sha256(payload) != record["tensors_sha256"]:
-                raise RunFolderError(
-                    f"round {number}: global.safetensors fails its digest"
-                )
+                raise RunFolderError(f"round {number}: global.safetensors fails its digest")
             return Committed(number, decode_own(payload), record)
         except (ValueError, KeyError, TypeError, AdapterError) as e:
             raise RunFolderError(f"round {number} is not readable: {e}") from e

@@ -1,396 +1,51 @@
-"""The round loop: choose, broadcast, collect, admit, reduce, refactor, measure, commit.
+"""The round loop: attempts at rounds until the last one is committed.
 
 The loop never waits without a bound, never lets one client's reply end a run, and commits
 a round whole or not at all. It is the same for every link; what carries the bytes is the
 link's business.
 """
 
-import math
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import torch
-
-from fedlora.adapter import AdapterState, LayerSpec, split_name, tensors_digest
-from fedlora.adapters.base import Basis, Method
-from fedlora.checkpoint import Committed, RunStore
-from fedlora.errors import FedloraError, QuorumFailed, StrategyError, UpdateRejected
-from fedlora.messages import Broadcast, ClientUpdate, OptimizerState, RoundPlan
-from fedlora.seeds import generator
-from fedlora.server.admission import Expectation, Limits, admit, expected_size
-from fedlora.server.aggregation_error import Trained, aggregation_error
-from fedlora.server.interrupt import shielded
-from fedlora.server.link import Link, Reply, Task
+from fedlora.checkpoint import Committed
+from fedlora.errors import QuorumFailed
+from fedlora.server.attempt import Attempt, RunParts
 from fedlora.server.spool import Spool
-from fedlora.strategies.base import ClientInfo, Strategy, StrategyState
-from fedlora.wire import encode_broadcast, encode_tensors, sha256
-
-Event = dict[str, Any]
-Evaluate = Callable[[AdapterState], Mapping[str, float]]
+from fedlora.strategies.base import StrategyState
 
 
-@dataclass(frozen=True)
-class RoundSettings:
-    """What the job says about rounds.
+def run_rounds(run: RunParts, state: StrategyState, until: int | None = None) -> StrategyState:
+    """Runs rounds up to `until` (by default all) and returns the last state.
 
-    Attributes:
-        rounds: rounds of the whole run.
-        clients_per_round: None takes everybody.
-        quorum: fewest admitted updates; None is two thirds of those chosen, rounded up.
-        deadline_s: seconds after which a round closes.
-        retries: further attempts of a round below quorum.
-        local_steps: optimiser steps per client.
-        evaluate_every: rounds between evaluations.
-        keep_rounds, keep_every: which old rounds keep their tensors.
+    Raises:
+        QuorumFailed: a round stayed below quorum through all its attempts.
+        StrategyError: the strategy failed; the last committed round stands.
+        StorageError: the disk refused; likewise.
     """
-
-    seed: int
-    rounds: int
-    clients_per_round: int | None
-    quorum: int | None
-    deadline_s: float
-    retries: int
-    local_steps: int
-    optimizer_state: OptimizerState
-    evaluate_every: int
-    keep_rounds: int
-    keep_every: int
-    limits: Limits
+    last = min(until or run.settings.rounds, run.settings.rounds)
+    while state.round < last:
+        state = _run_round(run, state)
+    return state
 
 
-class RoundLoop:
-    """Drives one run over one link.
-
-    Args:
-        run: lineage id of the run.
-        store: where rounds are committed.
-        link: the clients.
-        strategy: how updates are merged.
-        method, basis: of the adapter.
-        sent_basis: the basis again if clients cannot make it themselves; each gets it once.
-        evaluate: measures a global adapter; None where the server has no data.
-        emit: receives every event of the run.
-    """
-
-    def __init__(
-        self,
-        *,
-        run: str,
-        store: RunStore,
-        link: Link,
-        strategy: Strategy,
-        method: Method,
-        basis: Basis,
-        sent_basis: Basis,
-        settings: RoundSettings,
-        evaluate: Evaluate | None,
-        emit: Callable[[Event], None],
-    ) -> None:
-        self.run_id = run
-        self.store = store
-        self.link = link
-        self.strategy = strategy
-        self.method = method
-        self.basis = basis
-        self.sent_basis = sent_basis
-        self.settings = settings
-        self.evaluate = evaluate
-        self.emit = emit
-
-    def run(self, state: StrategyState, until: int | None = None) -> StrategyState:
-        """Runs rounds up to `until` (by default all) and returns the last state.
-
-        Raises:
-            QuorumFailed: a round stayed below quorum through all its attempts.
-            StrategyError: the strategy failed; the last committed round stands.
-            StorageError: the disk refused; likewise.
-        """
-        last = min(until or self.settings.rounds, self.settings.rounds)
-        while state.round < last:
-            state = self._round(state)
-        return state
-
-    def _round(self, state: StrategyState) -> StrategyState:
-        number = state.round + 1
-        shortage = ""
-        for attempt in range(self.settings.retries + 1):
-            spool = Spool(self.store.folder / "spool.bin")
-            try:
-                done = _Attempt(self, state, attempt, spool)
-                if not (shortage := done.collect()):
-                    return done.commit(done.merge())
-                self.emit(
-                    {"event": "abandoned", "round": number, "attempt": attempt, "why": shortage}
-                )
-            finally:
-                spool.close()
-        raise QuorumFailed(
-            f"round {number} failed after {self.settings.retries + 1} attempts: {shortage}; the "
-            f"run stands at round {state.round}. Bring clients back or lower federation.quorum, "
-            f"then: fedlora resume {self.store.folder}"
-        )
-
-
-class _Attempt:
-    """One attempt at one round."""
-
-    def __init__(self, loop: RoundLoop, state: StrategyState, attempt: int, spool: Spool) -> None:
-        self.loop = loop
-        self.state = state
-        self.round = state.round + 1
-        self.attempt = attempt
-        self.spool = spool
-        self.expected: dict[str, Expectation] = {}
-        self.updates: dict[str, ClientUpdate] = {}
-        self.rejected: list[Event] = []
-        self.bytes_up = self.bytes_down = 0
-        self.seconds: dict[str, float] = {}
-
-    def collect(self) -> str:
-        """Hands out work and admits what comes back; says what is missing for a quorum."""
-        settings = self.loop.settings
-        with self._timed("broadcast"):
-            chosen = self._choose()
-            tasks, parts = self._tasks(chosen)
-        with self._timed("clients"):
-            for reply in self.loop.link.exchange(tasks, parts, settings.deadline_s):
-                self._admit(reply)
-        quorum = settings.quorum or math.ceil(2 * len(chosen) / 3)
-        if len(self.updates) >= max(1, quorum):
-            return ""
-        rejected = f", {len(self.rejected)} rejected" if self.rejected else ""
-        return (
-            f"{len(self.updates)} of {len(chosen)} clients gave a usable update{rejected}; "
-            f"the quorum is {quorum}"
-        )
-
-    def merge(self) -> StrategyState:
-        """reduce, then refactor; the result is checked before anybody sees it."""
-        strategy = self.loop.strategy
-        with self._timed("reduce"), self._strategy_errors("reduce"):
-            stats = strategy.reduce(self.state, self._stream)
-        with self._timed("refactor"), self._strategy_errors("refactor"):
-            new = strategy.refactor(self.state, stats)
-            if new.round != self.round:
-                raise StrategyError(f"refactor returned round {new.round}; expected {self.round}")
-            for name, tensor in new.tensors.items():
-                if not bool(torch.isfinite(tensor).all()):
-                    raise StrategyError(f"tensor {name} is not finite after refactor")
-                old = self.state.tensors.get(name)
-                if (
-                    old is not None
-                    and old.shape != tensor.shape
-                    and split_name(name)[0] in {layer.name for layer in self.state.spec.layers}
-                ):
-                    raise StrategyError(
-                        f"tensor {name} has shape {tuple(tensor.shape)} after refactor; "
-                        f"expected {tuple(old.shape)}"
-                    )
-        return new
-
-    def commit(self, new: StrategyState) -> StrategyState:
-        """Measures, commits and reports the round."""
-        loop, settings = self.loop, self.loop.settings
-        adapter = loop.strategy.global_delta(new)
-        with self._timed("aggregation_error"):
-            error = self._aggregation_error(adapter)
-        scores: Mapping[str, float] = {}
-        due = self.round % settings.evaluate_every == 0 or self.round == settings.rounds
-        if loop.evaluate is not None and due:
-            with self._timed("evaluate"):
-                scores = loop.evaluate(adapter)
-        event: Event = {
-            "event": "round",
-            "round": self.round,
-            "train_loss": self._train_loss(),
-            "eval": dict(scores),
-            "clients": sorted(self.updates),
-            "missing": sorted(
-                self.expected.keys() - self.updates.keys() - {e["client"] for e in self.rejected}
-            ),
-            "rejected": len(self.rejected),
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "aggregation_error": error,
-            "epsilon": None,
-            "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()},
-            "adapter_sha256": tensors_digest(adapter.tensors),
-        }
-        record = {
-            "run": loop.run_id,
-            "attempt": self.attempt,
-            "extra": dict(new.extra),
-            "client_metrics": {name: dict(u.metrics) for name, u in sorted(self.updates.items())},
-            "weights": {name: u.weight for name, u in sorted(self.updates.items())},
-            "events": [*self.rejected, event],
-        }
-        with shielded():
-            loop.store.commit(self.round, new.tensors, record)
-            for line in record["events"]:
-                loop.emit(line)
-            loop.store.prune(self.round, settings.keep_rounds, settings.keep_every)
-        return new
-
-    def _choose(self) -> list[ClientInfo]:
-        settings = self.loop.settings
-        roster = list(self.loop.link.roster())
-        wanted = settings.clients_per_round or len(roster)
-        if wanted >= len(roster):
-            return roster
-        stream = generator(settings.seed, "clients", self.round, self.attempt)
-        picks = torch.randperm(len(roster), generator=stream)[:wanted].tolist()
-        return [roster[i] for i in sorted(picks)]
-
-    def _tasks(self, chosen: Sequence[ClientInfo]) -> tuple[list[Task], dict[str, bytes]]:
-        strategy, state = self.loop.strategy, self.state
-        parts: dict[str, bytes] = {}
-        made: dict[Hashable, tuple[AdapterState, dict[str, str], str]] = {}
-        tasks = []
-        for client in chosen:
-            key = strategy.broadcast_key(state, client)
-            if key not in made:
-                with self._strategy_errors("broadcast"):
-                    adapter = strategy.broadcast(state, client)
-                digests = {}
-                for name, tensors in split_parts(adapter, self.loop.sent_basis).items():
-                    data = encode_tensors(tensors)
-                    digests[name] = sha256(data)
-                    parts[digests[name]] = data
-                made[key] = (adapter, digests, adapter.spec.digest())
-            adapter, digests, spec_digest = made[key]
-            plan = RoundPlan(
-                run=self.loop.run_id,
-                round=self.round,
-                attempt=self.attempt,
-                client=client.name,
-                factors=strategy.factors(state),
-                rank=client.rank,
-                local_steps=self.loop.settings.local_steps,
-                optimizer_state=self.loop.settings.optimizer_state,
-            )
-            broadcast = Broadcast(plan, spec_digest, digests)
-            shapes = strategy.expect(state, client)
-            self.expected[client.name] = Expectation(
-                run=self.loop.run_id,
-                round=self.round,
-                attempt=self.attempt,
-                client=client.name,
-                start=adapter,
-                start_sha256=broadcast.start_sha256,
-                spec=adapter.spec,
-                spec_digest=spec_digest,
-                shapes=shapes,
-                size_bytes=expected_size(shapes),
-            )
-            tasks.append(Task(client.name, encode_broadcast(broadcast)))
-        return tasks, parts
-
-    def _admit(self, reply: Reply) -> None:
-        self.bytes_down += reply.bytes_down
-        self.bytes_up += len(reply.manifest) + len(reply.payload)
+def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
+    number, retries = state.round + 1, run.settings.retries
+    shortage = ""
+    for count in range(retries + 1):
+        spool = Spool(run.store.folder / "spool.bin")
         try:
-            if reply.client not in self.expected:
-                raise UpdateRejected(reply.client, "CLIENT", "was not asked in this round")
-            if reply.error:
-                raise UpdateRejected(reply.client, "CLIENT_ERROR", reply.error)
-            if not reply.manifest:
-                return
-            if reply.client in self.updates:
-                raise UpdateRejected(reply.client, "STALE", "a second reply in one round")
-            limits = self.loop.settings.limits
-            update = admit(reply.manifest, reply.payload, self.expected[reply.client], limits)
-        except UpdateRejected as e:
-            self.rejected.append(
-                {
-                    "event": "rejected",
-                    "round": self.round,
-                    "client": e.client,
-                    "code": e.code,
-                    "detail": e.detail,
-                }
-            )
-            return
-        self.spool.add(reply.client, reply.payload)
-        # the tensors now live in the spool; only the small fields stay in memory
-        self.updates[reply.client] = replace(update, delta=AdapterState(update.delta.spec, {}))
-
-    def _stream(self) -> Iterator[ClientUpdate]:
-        for name in self.spool.clients():
-            update, shapes = self.updates[name], self.expected[name].shapes
-            tensors = self.spool.read(name, shapes)
-            yield replace(update, delta=AdapterState(update.delta.spec, tensors))
-
-    def _aggregation_error(self, adapter: AdapterState) -> float | None:
-        total = sum(update.weight for update in self.updates.values())
-        clients = [
-            Trained(update.weight / total, update.delta.spec, self._reader(name))
-            for name, update in sorted(self.updates.items())
-        ]
-        spec = self.state.spec
-        return aggregation_error(self.loop.method, spec, self.loop.basis, clients, adapter.tensors)
-
-    def _reader(self, client: str) -> Callable[[LayerSpec], Mapping[str, torch.Tensor]]:
-        expected = self.expected[client]
-
-        def read(layer: LayerSpec) -> Mapping[str, torch.Tensor]:
-            small = expected.spec.layer(layer.name)
-            names = {f"{layer.name}.{f}": f for f in self.loop.method.factor_shapes(small)}
-            deltas = self.spool.read_some(client, expected.shapes, names)
-            trained = {}
-            for name, factor in names.items():
-                start = expected.start.tensors[name].double()
-                trained[factor] = start + deltas[name].double() if name in deltas else start
-            return trained
-
-        return read
-
-    def _train_loss(self) -> float | None:
-        losses = [
-            (u.metrics["train_loss"], u.weight)
-            for _, u in sorted(self.updates.items())
-            if "train_loss" in u.metrics
-        ]
-        weight = sum(w for _, w in losses)
-        return sum(loss * w for loss, w in losses) / weight if weight else None
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
+            attempt = Attempt(run, state, count, spool)
+            if not (shortage := attempt.collect()):
+                return attempt.commit(attempt.merge())
+            event = {"event": "abandoned", "round": number, "attempt": count, "why": shortage}
+            run.emit(event)
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-
-    @contextmanager
-    def _strategy_errors(self, step: str) -> Iterator[None]:
-        try:
-            yield
-        except FedloraError as e:
-            if isinstance(e, StrategyError):
-                raise StrategyError(
-                    f"strategy {self.loop.strategy.name!r}, round {self.round}: {e}; the run "
-                    f"stands at round {self.round - 1}"
-                ) from e
-            raise
-        except Exception as e:  # a plug-in may fail in any way it likes
-            raise StrategyError(
-                f"strategy {self.loop.strategy.name!r} failed in {step} of round {self.round}: "
-                f"{type(e).__name__}: {e}; the run stands at round {self.round - 1}"
-            ) from e
-
-
-def split_parts(adapter: AdapterState, basis: Basis) -> dict[str, dict[str, torch.Tensor]]:
-    """The parts of a broadcast: one per factor, one for the heads, one for the basis."""
-    layers = {layer.name for layer in adapter.spec.layers}
-    parts: dict[str, dict[str, torch.Tensor]] = {"basis": dict(basis)} if basis else {}
-    for name, tensor in adapter.tensors.items():
-        layer, factor = split_name(name)
-        part = f"factor.{factor}" if layer in layers else "heads"
-        parts.setdefault(part, {})[name] = tensor
-    return parts
+            spool.close()
+    raise QuorumFailed(
+        f"round {number} failed after {retries + 1} attempts: {shortage}; the run stands at "
+        f"round {state.round}. Bring clients back or lower federation.quorum, then: fedlora "
+        f"resume {run.store.folder}"
+    )
 
 
 def resume_state(committed: Committed, initial: StrategyState) -> StrategyState:

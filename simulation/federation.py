@@ -26,7 +26,8 @@ from fedlora.evaluate import evaluate, exact_match
 from fedlora.messages import ClientUpdate
 from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
 from fedlora.server.admission import Limits
-from fedlora.server.rounds import Event, RoundLoop, RoundSettings, resume_state
+from fedlora.server.attempt import Event, RoundSettings, RunParts
+from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.simulation.local import LocalLink
 from fedlora.simulation.metrics import MetricsLog
 from fedlora.simulation.scenario import Scenario
@@ -200,7 +201,7 @@ class Federation:
         """Runs from the last committed round to `until` (by default the end).
 
         Raises:
-            RunFailed: the run stopped early; see `RoundLoop.run`.
+            RunFailed: the run stopped early; see `run_rounds`.
             RunFolderError: the folder belongs to another base model or adapter.
         """
         job = self.job
@@ -224,7 +225,7 @@ class Federation:
         if committed.round:
             emit({"event": "resume", "round": committed.round})
         federation = job.federation
-        loop = RoundLoop(
+        parts = RunParts(
             run=str(committed.record["run"]),
             store=store,
             link=self.link,
@@ -254,7 +255,7 @@ class Federation:
             emit=emit,
         )
         initial = self.strategy.init(self.loaded.initial)
-        return loop.run(resume_state(committed, initial), until)
+        return run_rounds(parts, resume_state(committed, initial), until)
 
     def scores(self, examples: list[Example]) -> Scores:
         """Figures of the model as it stands."""

@@ -8,7 +8,6 @@ change of low rank is written as a LoRA of that rank.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor
 from fedlora.adapter import AdapterSpec, LayerSpec, Tensors, tensors_digest, trained_shapes
 from fedlora.adapters import METHODS
 from fedlora.adapters.base import Basis
-from fedlora.errors import AdapterError, StorageError
+from fedlora.errors import AdapterError
+from fedlora.storage import storage_errors, write_atomic
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -76,12 +76,10 @@ def export_peft(
     folder = Path(folder)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     contiguous = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
-    try:
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / TENSORS_NAME, save(contiguous, metadata={"format": "pt"}))
-        _write(folder / CONFIG_NAME, text.encode())
-    except OSError as e:
-        raise StorageError(f"{folder}: the adapter cannot be written ({e})") from e
+    write_atomic(folder / TENSORS_NAME, save(contiguous, metadata={"format": "pt"}))
+    write_atomic(folder / CONFIG_NAME, text.encode())
 
 
 def check_complete(spec: AdapterSpec, tensors: Tensors, basis: Basis) -> None:
@@ -216,12 +214,3 @@ def _number(alpha: float) -> float:
     """`alpha` without the rounding of a root that was divided by and multiplied again."""
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

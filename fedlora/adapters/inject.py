@@ -78,6 +78,12 @@ class AdaptedModel:
                     f"layer {layer.name}: the adapter expects ({layer.out}, {layer.inp}), "
                     f"the model has {shape}"
                 )
+        known = dict(model.named_modules())
+        shapes = head_shapes(model, [head for head in spec.heads if head in known])
+        if set(spec.heads) - set(known) or shapes != spec.head_shapes:
+            raise AdapterError(
+                f"the adapter trains the heads {dict(spec.head_shapes)}; the model has {shapes}"
+            )
         if basis is None:
             method = METHODS[spec.method]
             basis = method.make_basis(
@@ -262,14 +268,19 @@ def adapt(
         alpha=float(strength),
         layers=layers,
         heads=tuple(heads),
-        head_shapes={
-            f"{head}.{name}": tuple(parameter.shape)
-            for head in heads
-            for name, parameter in model.get_submodule(head).named_parameters()
-        },
+        head_shapes=head_shapes(model, heads),
         base_fingerprint=base_fingerprint,
         seed=seed,
         options=checked,
     )
     spec = dataclasses.replace(spec, basis_digest=tensors_digest(basis))
     return AdaptedModel(model, spec, basis, dropout)
+
+
+def head_shapes(model: nn.Module, heads: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the heads, by full name."""
+    return {
+        f"{head}.{name}": tuple(parameter.shape)
+        for head in heads
+        for name, parameter in model.get_submodule(head).named_parameters()
+    }

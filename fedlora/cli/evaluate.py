@@ -15,14 +15,16 @@ from fedlora.data.federated import load_test
 from fedlora.errors import ConfigError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.assemble import assemble
-from fedlora.report.text_table import scores_table
+from fedlora.report.text_table import result_table
 
 
 def run_evaluate(
     path: Path, model: str | None, data: Path | None, overrides: Sequence[str], *, as_json: bool
 ) -> None:
     """Measures base and adapter on a file or on the run's own test data."""
-    job_file = next((p / "job.toml" for p in (path, path.parent) if (p / "job.toml").is_file()), None)
+    job_file = next(
+        (p / "job.toml" for p in (path, path.parent) if (p / "job.toml").is_file()), None
+    )
     if job_file is None and data is None:
         raise ConfigError(f"{path} has no job.toml beside it, so no test data; give --data FILE")
     extra = [f'data.test="{data}"'] if data is not None else []
@@ -69,4 +71,5 @@ def run_evaluate(
         return
     from rich.console import Console
 
-    Console().print(scores_table({"base": base, "adapter": result["adapter"]}))
+    summary = {"base": base, "global": result["adapter"]}
+    Console().print(result_table(summary, assembled.section.task))

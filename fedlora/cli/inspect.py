@@ -22,9 +22,7 @@ def run_inspect(path: Path, *, as_json: bool) -> None:
     elif path.is_file() and path.suffix in (".safetensors", ".delta"):
         found = _tensor_file(path)
     else:
-        raise AdapterError(
-            f"{path} is not a run folder, an adapter folder or a .safetensors file"
-        )
+        raise AdapterError(f"{path} is not a run folder, an adapter folder or a .safetensors file")
     if as_json:
         typer.echo(json.dumps(found))
         return

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.config.job import Job
-from fedlora.report.headline import format_headline, headline_metric
+from fedlora.report.headline import headline
 
 SHOWN_ROUNDS = 12
 COLUMNS = ("round", "loss", "held-out", "clients", "rejected", "up", "down", "agg. error")
@@ -131,9 +131,8 @@ class LiveView:
 
     def _opening(self) -> str:
         start = self._start
-        metric = headline_metric(self.job.model.task)
-        scores = start["eval"]
-        base = f", base {format_headline(metric, scores[metric])}" if metric in scores else ""
+        metric = headline(self.job.model.task, start["eval"])
+        base = f", base {metric.format(start['eval'].get(metric.key))} {metric.name}"
         dropped = start["unusable"]["counts"]
         rows = f"\nrows: {', '.join(f'{n} {why}' for why, n in dropped.items())}" if dropped else ""
         return (
@@ -147,14 +146,13 @@ class LiveView:
         return "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True))
 
     def _cells(self, event: dict[str, Any]) -> tuple[str, ...]:
-        metric = headline_metric(self.job.model.task)
-        value = event["eval"].get(metric)
+        metric = headline(self.job.model.task, event["eval"])
         error = event["aggregation_error"]
         loss = event["train_loss"]
         return (
             f"{event['round']}/{self.job.federation.rounds}",
             "-" if loss is None else f"{loss:.4f}",
-            "-" if value is None else format_headline(metric, value),
+            metric.format(event["eval"].get(metric.key)),
             str(len(event["clients"])),
             str(event["rejected"]),
             _megabytes(event["bytes_up"]),

@@ -128,9 +128,8 @@ def _explain(error: Any) -> list[str]:
     if kind == "literal_error":
         expected = error["ctx"]["expected"]
         names = expected.replace("'", "").replace(" or ", ", ").split(", ")
-        return [
-            f"{key} = {found!r} is not known{near_miss(str(found), names)}; known: {', '.join(names)}"
-        ]
+        hint = near_miss(str(found), names)
+        return [f"{key} = {found!r} is not known{hint}; known: {', '.join(names)}"]
     if kind == "value_error":
         return str(error["ctx"]["error"]).split("\n")
     return [f"{key} = {found!r}: {error['msg'][0].lower()}{error['msg'][1:]}"]

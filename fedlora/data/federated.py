@@ -131,6 +131,48 @@ def load_federated(
     return FederatedData(clients, test, names, Unusable.merge([*parts, unassigned]))
 
 
+def load_test(
+    data: DataSection,
+    partition: PartitionSection,
+    task: str,
+    *,
+    labels: Sequence[str] = (),
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    seed: int,
+) -> list[Example]:
+    """The test examples of a job, without the clients' training data where `data.test` is set.
+
+    Args:
+        data, partition, task, tokenizer, image_processor, seed: see `load_federated`.
+        labels: class names in the order a trained head has them.
+
+    Raises:
+        ConfigError, DataError: see `load_federated`.
+    """
+    if labels:
+        data = data.model_copy(update={"labels": list(labels)})
+    if data.test is None:
+        return load_federated(
+            data,
+            partition,
+            task,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            seed=seed,
+        ).test
+    table = _read(data, partition, data.test, client_folders=False)
+    form = resolve_format(data, task, table)
+    names = find_labels(data, table) if form.startswith("labelled") else None
+    encoder = build_encoder(data, form, names, tokenizer=tokenizer, image_processor=image_processor)
+    examples, unusable = _test(data, partition, encoder)
+    if not examples:
+        raise DataError(
+            f'data.test = "{data.test}": no usable example; unusable: {unusable.counts or "none"}'
+        )
+    return examples
+
+
 def _read(
     data: DataSection, partition: PartitionSection, source: str, *, client_folders: bool
 ) -> Table:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-
 from fedlora.adapters.export import export_peft
 from fedlora.models.assemble import Assembled
 from fedlora.models.loading import load_base
@@ -71,5 +70,3 @@ def _save_processor(assembled: Assembled, folder: Path) -> None:
     processor = assembled.processor.tokenizer or assembled.processor.image_processor
     with storage_errors(folder):
         processor.save_pretrained(folder)  # type: ignore[union-attr]
-
-

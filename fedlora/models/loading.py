@@ -116,7 +116,7 @@ def load_base(
     heads = task_heads(model) if section.task != "causal-lm" else ()
     for head in heads:
         # trained in full, so it keeps float32 precision on a bf16 base too
-        model.get_submodule(head).float()
+        model.get_submodule(head).float().register_forward_pre_hook(_widen)
     model.requires_grad_(False)
     model.eval()
     model.to(device)
@@ -130,6 +130,12 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
         name
         for name, module in model.named_children()
         if name != body and any(True for _ in module.parameters())
+    )
+
+
+def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
     )
 
 
