@@ -89,7 +89,7 @@ def bone_col_grads(leaf: BoneColDelta, inputs: Sequence[Tensor], backprops: Tens
     for i in range(w.shape[0]):
         pulled = torch.einsum("ojc,nto->ntjc", w[i], gs[:, :, i])
         product = torch.einsum("ntjc,ntje->nce", pulled, xs)
-        strips.append(product + torch.einsum("nto,nte->noe", gs[:, :, i], xs[:, :, 0]))
+        strips.append(product + torch.einsum("nto,nte->noe", gs[:, :, i], xs.sum(2)))
     return {leaf.weight: torch.stack(strips, 1)}
 
 
