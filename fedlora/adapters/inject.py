@@ -101,7 +101,7 @@ class AdaptedModel:
             module = self.model.get_submodule(layer.name)
             base = module
             if isinstance(module, AdapterLayer):
-                pass
+                module.unmerge()
                 base = module.base
             adapted = self.method.attach(
                 base,

@@ -18,9 +18,10 @@ def export_merged(assembled: Assembled, folder: Path) -> None:
     """
     # the sum is formed in float32, so that a bf16 base does not round the change away
     assembled.base.model.float()
-    for layer in assembled.adapted.layers.values():
-        layer.merge()
-    _save(assembled, folder)
+    with assembled.adapted.merged(), storage_errors(folder):
+        model = assembled.adapted.detach()
+        model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    _save_processor(assembled, folder)
 
 
 def export_base(assembled: Assembled, folder: Path) -> Path:
@@ -56,14 +57,8 @@ def export_to_peft(assembled: Assembled, folder: Path, base_name: str) -> None:
         folder,
         base_model_name=base_name,
         task_type=PEFT_TASKS.get(adapter.task),
+        conv1d=any(layer.transposed for layer in assembled.adapted.layers.values()),
     )
-
-
-def _save(assembled: Assembled, folder: Path) -> None:
-    with storage_errors(folder):
-        model = assembled.adapted.detach()
-        model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
-    _save_processor(assembled, folder)
 
 
 def _save_processor(assembled: Assembled, folder: Path) -> None:

@@ -164,12 +164,11 @@ def _window(comparison: Comparison, values: Sequence[float]) -> Window | None:
     finals = [v for entry in comparison.entries for v in entry.finals]
     starts = [entry.curve[0].mean for entry in comparison.entries if entry.curve]
     everything = [*finals, *starts, *values]
-    if not values or max(values) - min(values) > 0.4 * (max(everything) - min(everything)):
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if low == high or high - low > 0.4 * (max(everything) - min(everything)):
         return None
-    low, high = min(values), max(values)
     # what is near, such as training on all data together, stays in the picture
-    reach = max(high - low, 1e-9)
-    near = [v for v in finals if low - reach <= v <= high + reach]
+    near = [v for v in finals if low - (high - low) <= v <= high + (high - low)]
     low, high = min([low, *near]), max([high, *near])
     return low - 0.07 * (high - low), high + 0.07 * (high - low)
 

@@ -17,16 +17,16 @@ class Html(str):
     __slots__ = ()
 
 
-def visible(text: object, limit: int = 400) -> str:
-    """One line of plain text: invisible characters written out, cut at `limit`."""
+def visible(text: object, limit: int | None = None) -> str:
+    """One line of plain text: invisible characters written out, cut at `limit` characters."""
     shown = []
-    for char in str(text)[: limit + 1]:
+    for char in str(text)[: None if limit is None else limit + 1]:
         if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
             shown.append(f"\\u{ord(char):04x}")
         else:
             shown.append(char)
     line = "".join(shown)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
 
 
 def escape(value: Cell) -> Html:
@@ -51,6 +51,7 @@ def table(
     """A table that scrolls sideways where the screen is narrow.
 
     Args:
+        header: names of the columns; empty for a table without a heading.
         numeric: columns that are aligned right.
     """
     right = set(numeric)
@@ -60,7 +61,7 @@ def table(
             "tr", *(element(tag, c, css="n" if i in right else "") for i, c in enumerate(cells))
         )
 
-    head = element("thead", line("th", header))
+    head = element("thead", line("th", header)) if header else ""
     body = element("tbody", Html("\n".join(line("td", row) for row in rows)))
     return Html(f'<div class="scroll"><table>{head}\n{body}</table></div>')
 
@@ -77,7 +78,7 @@ def details(title: str, *content: Cell) -> Html:
 
 def preformatted(text: str) -> Html:
     """Several lines as they are."""
-    lines = (html.escape(visible(line, limit=10_000)) for line in text.splitlines())
+    lines = (html.escape(visible(line)) for line in text.splitlines())
     return Html(f"<pre>{chr(10).join(lines)}</pre>")
 
 

@@ -4,7 +4,6 @@ Few labels make stacked bars; many make a heat-map; labels that each belong to o
 alone, as with one area per client, need no colours at all.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedlora.report.markup import visible
+from fedlora.report.natural_order import natural_key
 from fedlora.report.theme import CATEGORIES, FEDERATED, INK, legend_above, themed
 
 WIDTH = 9.6
@@ -49,11 +49,11 @@ class Partition:
         )
 
 
-def partition(clients: Mapping[str, Mapping[str, Any]], order: Sequence[str] = ()) -> Partition:
+def partition_of(clients: Mapping[str, Mapping[str, Any]], order: Sequence[str] = ()) -> Partition:
     """Counts of the start event.
 
     Args:
-        clients: facts by name; a client without a composition counts its rows in all.
+        clients: facts by name; one without a composition has no rows here.
         order: class names of the data; other labels follow in natural order. The rarest
             labels beyond 200 share one column.
     """
@@ -62,7 +62,7 @@ def partition(clients: Mapping[str, Mapping[str, Any]], order: Sequence[str] = (
     for composition in held.values():
         total.update({str(label): int(n) for label, n in composition.items()})
     ranks = {label: i for i, label in enumerate(order)}
-    labels = sorted(total, key=lambda label: (ranks.get(label, len(ranks)), _natural(label)))
+    labels = sorted(total, key=lambda label: (ranks.get(label, len(ranks)), natural_key(label)))
     if len(labels) > MOST_COLUMNS:
         common = {label for label, _ in total.most_common(MOST_COLUMNS - 1)}
         labels = [label for label in labels if label in common]
@@ -70,7 +70,7 @@ def partition(clients: Mapping[str, Mapping[str, Any]], order: Sequence[str] = (
             kept = {label: n for label, n in composition.items() if label in common}
             held[name] = {**kept, OTHERS: sum(composition.values()) - sum(kept.values())}
         labels.append(OTHERS)
-    names = sorted(held, key=_natural)
+    names = sorted(held, key=natural_key)
     counts = tuple(tuple(int(held[name].get(label, 0)) for label in labels) for name in names)
     return Partition(tuple(names), tuple(labels), counts)
 
@@ -192,8 +192,3 @@ def _thinned(count: int) -> list[int]:
 
 def _short(text: str, limit: int) -> str:
     return visible(text, limit) or "(empty)"
-
-
-def _natural(text: str) -> tuple[tuple[int, str], ...]:
-    pieces = re.split(r"(\d+)", text)
-    return tuple((int(p), "") if p.isdecimal() else (-1, p) for p in pieces if p)

@@ -51,7 +51,7 @@ class RunRecord:
     @property
     def rounds(self) -> list[Event]:
         """Committed rounds in order; a round that was repeated counts once, the last time."""
-        latest = {int(event["round"]): event for event in self.of("round")}
+        latest = {int(event["round"]): event for event in self.of("round") if "round" in event}
         return [latest[number] for number in sorted(latest)]
 
     @property
@@ -155,4 +155,4 @@ def drawable(value: Any) -> float | None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) and abs(value) < 1e12 else None
+    return float(value) if math.isfinite(value) and abs(value) < 1e15 else None

@@ -12,7 +12,7 @@ from fedlora.report.markup import (
     section,
     visible,
 )
-from fedlora.report.page import figure, figures, page
+from fedlora.report.page import page
 from fedlora.report.result_sentence import result_sentence
 from fedlora.report.run_folder import RunRecord, drawable, read_run
 from fedlora.report.run_tables import (
@@ -21,18 +21,12 @@ from fedlora.report.run_tables import (
     rejected_table,
     score_table,
     seconds_table,
-    traffic_table,
     unusable_table,
 )
 from fedlora.storage import write_atomic
 
 MANY_CLIENTS = 24
-
-_ERROR_EXPLAINED = (
-    "How far the merged adapter is from the weighted mean of what the clients trained: "
-    "‖mean of ΔWᵢ − ΔW‖ / ‖mean of ΔWᵢ‖ over all adapted layers. Averaging the two factors of "
-    "a low-rank product one by one is not averaging the product; 0 means nothing was lost."
-)
+MOST_ABANDONED = 3
 
 
 def write_report(folder: Path) -> Path:
@@ -53,6 +47,9 @@ def write_report(folder: Path) -> Path:
 
 def run_page(run: RunRecord) -> str:
     """The page; equal runs give equal text."""
+    # these import matplotlib, which takes a second that no other command must pay
+    from fedlora.report import run_pictures
+
     metric = headline(run.task, run.scores.get("base"))
     parts = [
         element("p", result_sentence(run, metric), css="lead"),
@@ -61,13 +58,13 @@ def run_page(run: RunRecord) -> str:
         section("Result on held-out data", score_table(run), _score_note(run)),
     ]
     if run.rounds:
-        parts.append(_curves(run, metric))
+        parts.append(run_pictures.curves(run, metric))
     if run.clients:
-        parts += [_partition(run), _clients(run, metric)]
+        parts += [run_pictures.partition(run), _clients(run, metric)]
     if run.of("rejected"):
         parts.append(section("Rejected updates", rejected_table(run)))
     if run.rounds:
-        parts += [_aggregation_error(run), _traffic(run)]
+        parts += [run_pictures.aggregation_error(run), run_pictures.traffic(run)]
         parts.append(section("Time", seconds_table(run)))
     if (run.start.get("unusable") or {}).get("counts"):
         parts.append(section("Rows that could not be used", unusable_table(run)))
@@ -104,18 +101,23 @@ def _notes(run: RunRecord) -> list[Html]:
     if resumed := run.of("resume"):
         after = ", ".join(str(event.get("round")) for event in resumed)
         notes.append(f"Resumed after round {after} (dotted lines).")
+    abandoned = run.of("abandoned")
     notes.extend(
         f"Round {event.get('round')}, attempt {int(event.get('attempt') or 0) + 1} was given up: "
         f"{event.get('why')}."
-        for event in run.of("abandoned")
+        for event in abandoned[:MOST_ABANDONED]
     )
+    if len(abandoned) > MOST_ABANDONED:
+        notes.append(f"{len(abandoned) - MOST_ABANDONED} more attempts were given up.")
     return [element("p", note, css="note") for note in notes]
 
 
 def _score_note(run: RunRecord) -> Html:
     sentences = []
     if "num_test" in run.start:
-        sentences.append(f"{run.start['num_test']} held-out examples. ★ marks the best.")
+        sentences.append(f"{run.start['num_test']} held-out examples.")
+    if run.rounds:
+        sentences.append("★ marks the best.")
     local = baseline(run.scores, "local")
     if local.get("mean"):
         steps = local.get("steps_per_client")
@@ -132,38 +134,6 @@ def _score_note(run: RunRecord) -> Html:
     return element("p", " ".join(sentences), css="muted")
 
 
-def _curves(run: RunRecord, metric: Metric) -> Html:
-    # matplotlib takes a second to import, which a command without a report must not pay
-    from fedlora.report.run_figures import headline_figure, training_loss_figure
-    from fedlora.report.theme import to_svg
-
-    scored = headline_figure(run, metric)
-    loss = training_loss_figure(run)
-    return section(
-        "Rounds",
-        figures(
-            [
-                figure(to_svg(scored, "headline", f"held-out {metric.name} per round")),
-                figure(to_svg(loss, "training-loss", "training loss per round")),
-            ]
-        ),
-    )
-
-
-def _partition(run: RunRecord) -> Html:
-    from fedlora.report.partition_figure import partition, partition_figure
-    from fedlora.report.theme import to_svg
-
-    labels = [str(label) for label in run.start.get("labels") or []]
-    parts = partition(run.clients, labels)
-    if not parts.labels:
-        return Html("")
-    picture = to_svg(partition_figure(parts), "partition", "rows of each label at each client")
-    kind = run.section("partition").get("kind")
-    caption = f"{len(parts.clients)} clients, {len(parts.labels)} labels, {kind} partition"
-    return section("Who holds what", figure(picture, caption, broad=True))
-
-
 def _clients(run: RunRecord, metric: Metric) -> Html:
     better = "higher" if metric.higher_better else "lower"
     note = element(
@@ -176,35 +146,3 @@ def _clients(run: RunRecord, metric: Metric) -> Html:
     if len(run.clients) > MANY_CLIENTS:
         rows = details(f"{len(run.clients)} clients", rows)
     return section("Clients", note, rows)
-
-
-def _aggregation_error(run: RunRecord) -> Html:
-    explained = element("p", _ERROR_EXPLAINED)
-    errors = [event.get("aggregation_error") for event in run.rounds]
-    measured = [error for error in map(drawable, errors) if error is not None]
-    title = "Aggregation error"
-    if not measured:
-        method = run.start.get("method", "this method")
-        why = (
-            f"Not measured: the weight change of {method} depends on the frozen weights and is not "
-            "affine in its factors, so the server cannot form the clients' mean to compare with."
-            if all(error is None for error in errors)
-            else "Not finite: the clients' changes cancel out, so there is nothing to divide by."
-        )
-        return section(title, explained, element("p", why, css="note"))
-    from fedlora.report.run_figures import aggregation_error_figure
-    from fedlora.report.theme import to_svg
-
-    caption = f"Between {min(measured):.3g} and {max(measured):.3g}"
-    if len(measured) < len(errors):
-        caption += f"; not a number in {len(errors) - len(measured)} rounds"
-    picture = to_svg(aggregation_error_figure(run), "aggregation-error", "error per round")
-    return section(title, figures([figure(picture, caption + "."), explained]))
-
-
-def _traffic(run: RunRecord) -> Html:
-    from fedlora.report.run_figures import traffic_figure
-    from fedlora.report.theme import to_svg
-
-    picture = to_svg(traffic_figure(run), "traffic", "bytes up and down per round")
-    return section("Traffic", figures([figure(picture), traffic_table(run)]))

@@ -6,10 +6,27 @@ from typing import Any
 
 from fedlora.report.headline import MISSING, Metric
 from fedlora.report.held_out import baseline, columns, held_out_rows
-from fedlora.report.markup import Cell, Html, element, format_bytes, join, table
+from fedlora.report.markup import Cell, Html, element, format_bytes, join, table, visible
+from fedlora.report.natural_order import natural_key
 from fedlora.report.run_folder import RunRecord, drawable
 
 FIRST_DETAILS = 3
+MOST_CHARACTERS = 300
+
+CLIENT_COLUMNS = (
+    "client",
+    "rank",
+    "train",
+    "validation",
+    "base, own data",
+    "federated, own data",
+    "alone, held-out",
+    "rounds",
+    "no reply",
+    "rejected",
+    "hostile",
+)
+TEXT_COLUMNS = ("client", "hostile")
 
 
 def score_table(run: RunRecord) -> Html:
@@ -32,15 +49,18 @@ def score_table(run: RunRecord) -> Html:
 
 
 def client_table(run: RunRecord, metric: Metric) -> Html:
-    """Every client: its hardware, data, scores, and how its updates fared."""
+    """Every client: its hardware, data, scores, and how its updates fared.
+
+    Columns that no client has anything in are left out.
+    """
     part = Counter(name for event in run.rounds for name in event.get("clients") or [])
     silent = Counter(name for event in run.rounds for name in event.get("missing") or [])
     rejected = Counter(str(event.get("client")) for event in run.of("rejected"))
     own = run.scores.get("clients") or {}
     alone = baseline(run.scores, "local").get("clients") or {}
     lines: list[list[Cell]] = []
-    for name, facts in sorted(run.clients.items()):
-        scores = own.get(name) or {}
+    for name in sorted(run.clients, key=natural_key):
+        facts, scores = run.clients[name], own.get(name) or {}
         before = drawable((scores.get("base") or {}).get(metric.key))
         after = drawable((scores.get("global") or {}).get(metric.key))
         lines.append(
@@ -58,20 +78,14 @@ def client_table(run: RunRecord, metric: Metric) -> Html:
                 ", ".join(facts.get("hostile") or []),
             ]
         )
-    header = [
-        "client",
-        "rank",
-        "train",
-        "validation",
-        "base, own data",
-        "federated, own data",
-        "alone, held-out",
-        "rounds",
-        "no reply",
-        "rejected",
-        "hostile",
+    used = [
+        i for i in range(len(CLIENT_COLUMNS)) if any(line[i] not in ("", MISSING) for line in lines)
     ]
-    return table(header, lines, numeric=range(1, 10))
+    return table(
+        [CLIENT_COLUMNS[i] for i in used],
+        [[line[i] for i in used] for line in lines],
+        numeric=[place for place, i in enumerate(used) if CLIENT_COLUMNS[i] not in TEXT_COLUMNS],
+    )
 
 
 def _judged(metric: Metric, before: float | None, after: float | None) -> Cell:
@@ -109,7 +123,7 @@ def unusable_table(run: RunRecord) -> Html:
 
 
 def _several(shown: Iterable[str], count: int) -> Html:
-    lines: list[Cell] = [element("div", text) for text in shown]
+    lines: list[Cell] = [element("div", visible(text, MOST_CHARACTERS)) for text in shown]
     if count > len(lines):
         lines.append(element("div", f"and {count - len(lines)} more", css="muted"))
     return element("div", join(lines, ""), css="wide")
@@ -147,4 +161,4 @@ def seconds_table(run: RunRecord) -> Html:
 
 def facts_table(facts: Mapping[str, Any]) -> Html:
     """Names and values."""
-    return table(["", ""], [[str(key), str(value)] for key, value in sorted(facts.items())])
+    return table([], [[str(key), str(value)] for key, value in sorted(facts.items())])

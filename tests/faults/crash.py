@@ -1,0 +1,228 @@
+"""A run whose process is killed again and again, and a checker of what is left.
+
+The child is forked, so that a trial costs milliseconds: it opens (or creates) the run folder
+and drives the real round loop with clients whose updates are a fixed function of round and
+name. Every round that the loop reports as committed is written to a log of the harness's own,
+outside the run folder; a checker compares the two.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fedlora.adapter import AdapterSpec, AdapterState, LayerSpec, trained_shapes
+from fedlora.adapters import METHODS
+from fedlora.checkpoint import Committed, RunStore
+from fedlora.config.job import ScenarioSection
+from fedlora.errors import FedloraError
+from fedlora.messages import ClientUpdate
+from fedlora.seeds import generator
+from fedlora.server.admission import Limits
+from fedlora.server.attempt import RoundSettings, RunParts
+from fedlora.server.rounds import resume_state, run_rounds
+from fedlora.simulation.local import LocalLink
+from fedlora.simulation.scenario import Scenario
+from fedlora.strategies import STRATEGIES
+from fedlora.wire import decode_broadcast, decode_own, encode_tensors
+
+ROUNDS = 20
+CLIENTS = ("a", "b", "c")
+SPEC = AdapterSpec(
+    method="lora",
+    rank=64,
+    alpha=64.0,
+    # about 2 MB of factors
+    layers=tuple(LayerSpec(f"layer{i}", 1024, 1024, 64, 1.0) for i in range(4)),
+    heads=(),
+    head_shapes={},
+    base_fingerprint="base",
+    seed=0,
+)
+SHAPES = trained_shapes(SPEC, METHODS["lora"])
+
+Open = Callable[[Path], RunStore]
+
+
+class NaiveStore(RunStore):
+    """How a store is usually written: files in place, without order and without digests."""
+
+    def commit(self, number, tensors, record):
+        (self.folder / "record.json").write_text(json.dumps({**record, "round": number}))
+        (self.folder / "global.safetensors").write_bytes(encode_tensors(tensors))
+
+    def load(self):
+        record = json.loads((self.folder / "record.json").read_text())
+        tensors = decode_own((self.folder / "global.safetensors").read_bytes())
+        return Committed(record["round"], tensors, record)
+
+    def prune(self, head, keep, every):
+        pass
+
+
+def initial() -> AdapterState:
+    """The adapter before round 1."""
+    draws = {
+        name: torch.randn(shape, generator=generator(0, name)) for name, shape in SHAPES.items()
+    }
+    return AdapterState(SPEC, draws)
+
+
+def create(folder: Path, kind: type[RunStore]) -> None:
+    """A run folder with round 0."""
+    record = {"run": "lineage", "extra": {}, "events": []}
+    RunStore.create(folder, "", "digest", initial().tensors, record).close()
+    if kind is NaiveStore:
+        naive = NaiveStore.open(folder, "digest")
+        naive.commit(0, initial().tensors, record)
+        naive.close()
+
+
+def work(client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> ClientUpdate:
+    """An update that depends on round and client alone; no training."""
+    broadcast = decode_broadcast(manifest)
+    plan = broadcast.plan
+    size = torch.rand(1, generator=generator(7, client, plan.round))
+    delta = {name: size.expand(shape).clone() for name, shape in SHAPES.items()}
+    return ClientUpdate(
+        run=plan.run,
+        round=plan.round,
+        attempt=plan.attempt,
+        client=client,
+        start_sha256=broadcast.start_sha256,
+        delta=AdapterState(SPEC, delta),
+        num_examples=10.0,
+    )
+
+
+def drive(folder: Path, kind: type[RunStore], acknowledged: Path) -> str:
+    """Runs from whatever is committed to the end; returns the last adapter's digest."""
+    store = kind.open(folder, "digest")
+    method = METHODS["lora"]
+    strategy = STRATEGIES["fedit"](method)
+    scenario = Scenario(ScenarioSection(), CLIENTS, rank=64, seed=0, max_update_norm=1e9)
+    last = {}
+
+    def emit(event):
+        if event["event"] == "round":
+            last.update(event)
+            with acknowledged.open("a") as file:
+                file.write(f"{event['round']} {event['adapter_sha256']}\n")
+
+    parts = RunParts(
+        run="lineage",
+        store=store,
+        link=LocalLink(scenario, work),
+        # the meter is not what is under test here
+        strategy=strategy,
+        method=_Unmeasured(method),
+        basis={},
+        sent_basis={},
+        settings=RoundSettings(
+            seed=0,
+            rounds=ROUNDS,
+            clients_per_round=None,
+            quorum=None,
+            deadline_s=1e9,
+            retries=0,
+            local_steps=1,
+            optimizer_state="reset",
+            evaluate_every=1,
+            keep_rounds=2,
+            keep_every=10,
+            limits=Limits(1e9, 1e7),
+        ),
+        evaluate=None,
+        emit=emit,
+    )
+    state = resume_state(store.load(), strategy.init(initial()))
+    run_rounds(parts, state)
+    store.close()
+    return last.get("adapter_sha256", "")
+
+
+class _Unmeasured:
+    """LoRA without a low-rank form, so that the aggregation error is skipped."""
+
+    def __init__(self, method):
+        self._method = method
+        self.affine = False
+
+    def __getattr__(self, name):
+        return getattr(self._method, name)
+
+    def lowrank(self, layer, factors, basis):
+        return None
+
+
+@dataclasses.dataclass
+class Trial:
+    """What came out of one run that was killed on its way.
+
+    Attributes:
+        kills: times the process was killed.
+        problem: what broke, or an empty string.
+        sha256: digest of the final adapter.
+    """
+
+    kills: int
+    problem: str
+    sha256: str
+
+
+def run_trial(folder: Path, kind: type[RunStore], seed: int, longest_s: float = 0.25) -> Trial:
+    """Kills the run at random times until it gets through."""
+    chance = random.Random(seed)
+    create(folder, kind)
+    acknowledged = folder.with_name(folder.name + ".acknowledged")
+    acknowledged.touch()
+    kills = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                drive(folder, kind, acknowledged)
+                code = 0
+            except (FedloraError, ValueError, KeyError):
+                code = 2
+            finally:
+                os._exit(code)
+        # late enough to make progress in the end, early enough to hit every stage
+        status = _wait(child, chance.uniform(0.0, longest_s))
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+        elif status == 0:
+            break
+        else:
+            return Trial(kills, "the folder could not be resumed", "")
+    lines = [line.split() for line in acknowledged.read_text().splitlines()]
+    seen: dict[int, set[str]] = {}
+    for number, digest in lines:
+        seen.setdefault(int(number), set()).add(digest)
+    if any(len(digests) > 1 for digests in seen.values()):
+        return Trial(kills, "a round was committed with two outcomes", "")
+    numbers = [int(number) for number, _ in lines]
+    if any(later <= earlier for earlier, later in zip(numbers, numbers[1:], strict=False)):
+        return Trial(kills, "an acknowledged round was done again", "")
+    return Trial(kills, "", lines[-1][1])
+
+
+def _wait(child: int, seconds: float) -> int | None:
+    """Exit status of the child, or None when it still runs after `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        # polls the operating system; nothing is synchronised by this pause
+        time.sleep(0.001)
+    return None
