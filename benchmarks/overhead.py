@@ -18,6 +18,7 @@ out. Writes overhead.json and overhead.md into --out.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -282,10 +283,8 @@ def _rss(field: str) -> int:
 
 def _reset_peak() -> None:
     # otherwise the peak of the imports could hide what the rounds need
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 @dataclass(frozen=True)

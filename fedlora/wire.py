@@ -9,20 +9,21 @@ time an ordinary safetensors file.
 A manifest is JSON of at most 64 KiB with exactly the expected fields.
 """
 
-import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from fedlora.adapter import Tensors
 from fedlora.errors import AdapterError
-from fedlora.messages import Broadcast, ClientUpdate, RoundPlan
+from fedlora.messages import Broadcast, ClientUpdate, OptimizerState, RoundPlan
 
 MAX_MANIFEST_BYTES = 64 * 1024
 MAX_TENSORS = 4096
@@ -45,6 +46,82 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies in a canonical file: bytes `start` to `end`, header included."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A canonical file but for its data.
+
+    Attributes:
+        header: the one legal header, length prefix included.
+        slots: by name, in the order of the data.
+        total: bytes of the whole file.
+    """
+
+    header: bytes
+    slots: Mapping[str, Slot]
+    total: int
+
+
+def layout(
+    shapes: Shapes, dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32
+) -> Layout:
+    """The layout of the canonical file for these tensors; kept for the next call.
+
+    Args:
+        shapes: name -> shape.
+        dtypes: one dtype for all, or name -> dtype.
+    """
+    if isinstance(dtypes, torch.dtype):
+        return _layout(tuple(shapes), tuple(map(tuple, shapes.values())), dtypes)
+    return _layout(
+        tuple(shapes), tuple(map(tuple, shapes.values())), tuple(dtypes[name] for name in shapes)
+    )
+
+
+# all clients of a round have the same few layouts
+@functools.lru_cache(maxsize=32)
+def _layout(
+    names: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+) -> Layout:
+    if isinstance(dtypes, torch.dtype):
+        dtypes = (dtypes,) * len(names)
+    by_name = dict(zip(names, zip(shapes, dtypes, strict=True), strict=True))
+    order = canonical_order(
+        dict(zip(names, shapes, strict=True)), dict(zip(names, dtypes, strict=True))
+    )
+    offset = 0
+    entries: dict[str, Any] = {}
+    for name in order:
+        shape, dtype = by_name[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    slots = {}
+    for name in order:
+        start, end = entries[name]["data_offsets"]
+        shape, dtype = by_name[name]
+        slots[name] = Slot(dtype, shape, len(head) + start, len(head) + end)
+    return Layout(head, slots, len(head) + offset)
+
+
 def header(
     shapes: Shapes, dtypes: Mapping[str, torch.dtype] | torch.dtype = torch.float32
 ) -> bytes:
@@ -54,20 +131,7 @@ def header(
         shapes: name -> shape.
         dtypes: one dtype for all, or name -> dtype.
     """
-    offset = 0
-    entries: dict[str, Any] = {}
-    for name in canonical_order(shapes, dtypes):
-        dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]
-        end = offset + math.prod(shapes[name]) * dtype.itemsize
-        entries[name] = {
-            "dtype": _DTYPES[dtype],
-            "shape": list(shapes[name]),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return layout(shapes, dtypes).header
 
 
 def canonical_order(
@@ -96,9 +160,8 @@ def encode_tensors(tensors: Tensors) -> bytes:
             )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    parts = [header(shapes, dtypes)]
-    parts += [_raw(tensors[name]) for name in canonical_order(shapes, dtypes)]
-    return b"".join(parts)
+    form = layout(shapes, dtypes)
+    return b"".join([form.header, *(_raw(tensors[name]) for name in form.slots)])
 
 
 def decode_tensors(
@@ -115,30 +178,21 @@ def decode_tensors(
     """
     if len(shapes) > MAX_TENSORS:
         raise AdapterError(f"{len(shapes)} tensors expected; the limit is {MAX_TENSORS}")
-    expected = header(shapes, dtypes)
-    sizes = {
-        name: math.prod(shape)
-        * (dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]).itemsize
-        for name, shape in shapes.items()
-    }
-    total = len(expected) + sum(sizes.values())
-    if len(data) != total:
-        raise AdapterError(f"payload has {len(data)} bytes; expected {total}")
-    if data[: len(expected)] != expected:
+    form = layout(shapes, dtypes)
+    if len(data) != form.total:
+        raise AdapterError(f"payload has {len(data)} bytes; expected {form.total}")
+    if data[: len(form.header)] != form.header:
         raise AdapterError(
             "payload header differs from the expected one: another name, shape, dtype or offset"
         )
     tensors: dict[str, torch.Tensor] = {}
-    offset = len(expected)
-    for name in canonical_order(shapes, dtypes):
-        dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]
-        count = math.prod(shapes[name])
-        if count:
-            flat = torch.frombuffer(bytearray(data[offset : offset + sizes[name]]), dtype=dtype)
+    view = memoryview(data)
+    for name, slot in form.slots.items():
+        if slot.start < slot.end:
+            flat = torch.frombuffer(bytearray(view[slot.start : slot.end]), dtype=slot.dtype)
         else:
-            flat = torch.empty(0, dtype=dtype)
-        tensors[name] = flat.reshape(shapes[name])
-        offset += sizes[name]
+            flat = torch.empty(0, dtype=slot.dtype)
+        tensors[name] = flat.reshape(slot.shape)
     return tensors
 
 
@@ -147,10 +201,22 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+PLAN_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "run": str,
+    "round": int,
+    "attempt": int,
+    "client": str,
+    "factors": list,
+    "rank": int,
+    "local_steps": int,
+    "optimizer_state": str,
+}
+
+
 def encode_broadcast(broadcast: Broadcast) -> bytes:
     """The manifest of a broadcast; its parts travel by digest."""
     value = {
-        "plan": dataclasses.asdict(broadcast.plan),
+        "plan": vars(broadcast.plan),
         "spec_digest": broadcast.spec_digest,
         "parts": dict(broadcast.parts),
     }
@@ -164,11 +230,19 @@ def decode_broadcast(manifest: bytes) -> Broadcast:
         AdapterError: not readable, or other fields than expected.
     """
     fields = _object(manifest, {"plan": dict, "spec_digest": str, "parts": dict})
-    try:
-        plan = RoundPlan(**{**fields["plan"], "factors": tuple(fields["plan"]["factors"])})
-    except (KeyError, TypeError) as e:
-        raise AdapterError(f"round plan is not readable: {e}") from e
-    return Broadcast(plan, fields["spec_digest"], fields["parts"])
+    plan, parts = fields["plan"], fields["parts"]
+    _check_types(plan, PLAN_FIELDS)
+    if (
+        plan["round"] < 1
+        or plan["attempt"] < 0
+        or plan["rank"] < 1
+        or plan["local_steps"] < 0
+        or plan["optimizer_state"] not in get_args(OptimizerState)
+        or not all(isinstance(text, str) for text in [*plan["factors"], *parts.values()])
+    ):
+        raise AdapterError("round plan is not readable: a value is out of its bounds")
+    plan = RoundPlan(**{**plan, "factors": tuple(plan["factors"])})
+    return Broadcast(plan, fields["spec_digest"], parts)
 
 
 def decode_part(data: bytes, digest: str, shapes: Shapes) -> dict[str, torch.Tensor]:
@@ -237,15 +311,33 @@ def _object(data: bytes, types: Mapping[str, type | tuple[type, ...]]) -> dict[s
     if len(data) > MAX_MANIFEST_BYTES:
         raise AdapterError(f"manifest has {len(data)} bytes; the limit is {MAX_MANIFEST_BYTES}")
     try:
-        value = json.loads(data, parse_constant=_no_constant, object_pairs_hook=_no_repeat)
+        value = json.loads(
+            data,
+            parse_int=_int64,
+            parse_constant=_no_constant,
+            object_pairs_hook=_no_repeat,
+        )
     except (ValueError, RecursionError) as e:
         raise AdapterError(f"manifest is not JSON: {e}") from e
-    if not isinstance(value, dict) or value.keys() != types.keys():
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise AdapterError(f"manifest has fields {found}; expected {sorted(types)}")
+    if not isinstance(value, dict):
+        raise AdapterError(f"manifest is a {type(value).__name__}; expected an object")
+    _check_types(value, types)
+    return value
+
+
+def _check_types(value: dict[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+    if value.keys() != types.keys():
+        found = str(sorted(value))
+        raise AdapterError(f"manifest has fields {found[:300]}; expected {sorted(types)}")
     for key, kind in types.items():
         if isinstance(value[key], bool) or not isinstance(value[key], kind):
             raise AdapterError(f"manifest field {key} is a {type(value[key]).__name__}")
+
+
+def _int64(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError("an integer is larger than 64 bits")
     return value
 
 
@@ -279,8 +371,11 @@ def decode_own(data: bytes) -> dict[str, torch.Tensor]:
     try:
         size = int.from_bytes(data[:8], "little")
         entries = json.loads(data[8 : 8 + size])
+        if not all(NAME.fullmatch(name) for name in entries):
+            raise ValueError("a tensor name is not allowed")
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         dtypes = {name: _BY_CODE[entry["dtype"]] for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        return decode_tensors(data, shapes, dtypes)
+    # a shape of another type than integers, or beyond 64 bits, can fail at any use
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
         raise AdapterError(f"not a safetensors file of fedlora: {e}") from e
-    return decode_tensors(data, shapes, dtypes)

@@ -7,6 +7,7 @@ outside the run folder; a checker compares the two.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -211,7 +212,7 @@ def run_trial(folder: Path, kind: type[RunStore], seed: int, longest_s: float = 
     if any(len(digests) > 1 for digests in seen.values()):
         return Trial(kills, "a round was committed with two outcomes", "")
     numbers = [int(number) for number, _ in lines]
-    if any(later <= earlier for earlier, later in zip(numbers, numbers[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
         return Trial(kills, "an acknowledged round was done again", "")
     return Trial(kills, "", lines[-1][1])
 
