@@ -2,7 +2,9 @@
 
     python benchmarks/overhead.py
 
-Every fedlora client decodes and checks its broadcast and sends back a constant small update.
+Every fedlora client decodes and checks its broadcast and sends back a fixed small update (one
+of 64 drawn beforehand: were all alike, the decompositions of the aggregation error would work
+on denormal numbers, which no training gives).
 All the rest is the real path: encoding, LocalLink, admission, spool, reduce, refactor,
 aggregation error and the durable commit of the round. Beside it, in turns, Flower's own Ray
 simulation runs a FedAvg of arrays of the same sizes with a ClientApp that returns what it
@@ -42,6 +44,7 @@ from fedlora.checkpoint import RunStore
 from fedlora.config.job import ScenarioSection
 from fedlora.errors import AdapterError
 from fedlora.messages import ClientUpdate
+from fedlora.seeds import generator
 from fedlora.server.admission import Limits
 from fedlora.server.attempt import Event, RoundSettings, RunParts
 from fedlora.server.rounds import resume_state, run_rounds
@@ -54,6 +57,7 @@ METHOD = METHODS["lora"]
 BAR_UPDATES_PER_S = 400.0
 BAR_MEMORY_BYTES = 8 * 2**30
 STEP = 1e-3
+POOL = 64
 MIB = 2**20
 
 
@@ -102,9 +106,15 @@ class IdleClients:
 
     def __init__(self, spec: AdapterSpec) -> None:
         self.spec = spec
+        shapes = trained_shapes(spec, METHOD)
+        stream = generator(0, "updates")
+        self.pool = [
+            {name: STEP * torch.randn(shape, generator=stream) for name, shape in shapes.items()}
+            for _ in range(POOL)
+        ]
 
     def work(self, client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> ClientUpdate:
-        """A constant small update to whatever was broadcast."""
+        """A fixed small update to whatever was broadcast."""
         broadcast = decode_broadcast(manifest)
         plan = broadcast.plan
         if broadcast.spec_digest != self.spec.digest():
@@ -113,8 +123,11 @@ class IdleClients:
         for part, digest in broadcast.parts.items():
             shapes = trained_shapes(self.spec, METHOD, [part.removeprefix("factor.")])
             start.update(decode_part(fetch(digest), digest, shapes))
+        step = self.pool[int(client.rpartition("-")[2]) % POOL]
         sent = trained_shapes(self.spec, METHOD, plan.factors)
-        delta = {name: torch.full_like(start[name], STEP) for name in sent}
+        # trained minus broadcast, as a client that trains makes it
+        trained = {name: start[name] + step[name] for name in sent}
+        delta = {name: trained[name] - start[name] for name in sent}
         return ClientUpdate(
             run=plan.run,
             round=plan.round,
@@ -363,8 +376,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     rates: dict[str, list[float]] = {"fedlora": []}
     for _ in range(options.repeat):
         for engine in ("fedlora", "flower") if with_flower else ("fedlora",):
-            rounds = options.rounds if engine == "fedlora" else options.flower_rounds
-            case = Case(engine, SMALL, options.clients, rounds, options.threads, cores)
+            case = Case(engine, SMALL, options.clients, options.rounds, options.threads, cores)
             result = run_case(case)
             if engine == "fedlora":
                 ours.append(result)
@@ -393,7 +405,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     return {
         "adapter": asdict(SMALL),
         "clients": options.clients,
-        "rounds": {"fedlora": options.rounds, "flower": options.flower_rounds},
+        "rounds": options.rounds,
         "updates_per_s": {engine: _spread(values) for engine, values in rates.items()},
         "cpu_ms_per_update": _spread(
             [1e3 * run["cpu_s"] / (options.clients * options.rounds) for run in ours]
@@ -418,17 +430,17 @@ def report(found: Mapping[str, Any]) -> str:
         f"{machine['python']}, torch {machine['torch']}, {machine['threads']} thread; load "
         f"average before the start {machine['load_before']}.",
         "",
-        f"{clients} clients a round, adapter: {Size(**found['adapter'])}. Steady state: from the "
-        "end of round 1 to the end of the last round; every run is a fresh process, the two take "
-        "turns.",
+        f"{found['rounds']} rounds of {clients} clients, adapter: {Size(**found['adapter'])}. "
+        "Steady state: from the end of round 1 to the end of the last round. Every run is a fresh "
+        "process; the two take turns.",
         "",
-        "| engine | rounds | client-updates/s, median | lowest | highest | runs |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| engine | client-updates/s, median | lowest | highest | runs |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     labels = {"fedlora": "fedlora, local engine", "flower": "Flower 1.41, Ray simulation"}
     for engine, rate in found["updates_per_s"].items():
         lines.append(
-            f"| {labels[engine]} | {found['rounds'][engine]} | {rate['median']:.0f} | "
+            f"| {labels[engine]} | {rate['median']:.0f} | "
             f"{rate['min']:.0f} | {rate['max']:.0f} | {len(rate['values'])} |"
         )
     cpu = found["cpu_ms_per_update"]
@@ -513,11 +525,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--clients", type=int, default=100, help="clients a round, for the rates")
-    add("--rounds", type=int, default=11, help="rounds of each fedlora run")
-    add("--flower-rounds", type=int, default=5, help="rounds of each Flower run")
+    add("--rounds", type=int, default=11, help="rounds of each run, for the rates")
     add("--repeat", type=int, default=3, help="runs of each engine")
     add("--memory", type=int, nargs="*", default=[100, 300, 1000], help="clients, for memory")
-    add("--memory-rounds", type=int, default=3, help="rounds of each memory run")
+    add("--memory-rounds", type=int, default=2, help="rounds of each memory run")
     add("--threads", type=int, default=1, help="torch threads of fedlora")
     add("--no-flower", dest="flower", action="store_false", help="leave Flower out")
     add("--out", type=Path, default=Path(__file__).parent / "results", help="folder of results")

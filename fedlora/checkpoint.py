@@ -135,7 +135,7 @@ class RunStore:
             "round": number,
             "job_digest": self._job_digest,
             "tensors_sha256": sha256(payload),
-            "previous": self._head_digest(),
+            "previous": self._digest(number - 1),
         }
         text = encode_json({**entry, "entry_sha256": sha256(encode_json(entry))})
         write_atomic(target / "round.json", text)
@@ -151,7 +151,7 @@ class RunStore:
         """
         self.fallback = None
         number, digest = self._read_head()
-        problems = []
+        problems = [] if digest else ["HEAD is damaged"]
         while True:
             try:
                 committed = self._read(number, digest)
@@ -173,11 +173,10 @@ class RunStore:
     def record(self, number: int) -> dict[str, Any] | None:
         """The record of round `number`, or None when it is not kept or not intact."""
         try:
-            text = (self.folder / "rounds" / f"{number:04d}" / "round.json").read_bytes()
-            value: dict[str, Any] = json.loads(text)
+            value = _intact(self._round_json(number).read_bytes())
         except (OSError, ValueError):
             return None
-        return value
+        return value if value.get("round") == number else None
 
     def prune(self, head: int, keep: int, every: int) -> None:
         """Deletes the tensors of old rounds but the last `keep` and each `every`-th.
@@ -199,10 +198,7 @@ class RunStore:
         if digest is not None and sha256(text) != digest:
             raise RunFolderError(f"round {number}: round.json fails its digest")
         try:
-            record = json.loads(text)
-            own = record.pop("entry_sha256")
-            if sha256(encode_json(record)) != own:
-                raise RunFolderError(f"round {number}: round.json fails its own digest")
+            record = _intact(text)
             if sha256(payload) != record["tensors_sha256"]:
                 raise RunFolderError(f"round {number}: global.safetensors fails its digest")
             return Committed(number, decode_own(payload), record)
@@ -217,21 +213,39 @@ class RunStore:
                 return older, successor.get("previous") if successor else None
         return -1, None
 
-    def _head_digest(self) -> str | None:
-        path = self.folder / "HEAD"
-        return self._read_head()[1] if path.is_file() else None
+    def _digest(self, number: int) -> str | None:
+        # not what HEAD names: that may be a later, damaged round
+        try:
+            return sha256(self._round_json(number).read_bytes())
+        except OSError:
+            return None
+
+    def _round_json(self, number: int) -> Path:
+        return self.folder / "rounds" / f"{number:04d}" / "round.json"
 
     def _read_head(self) -> tuple[int, str | None]:
+        """The round HEAD names, and its digest; the digest is None if HEAD is damaged."""
         try:
-            fields = (self.folder / "HEAD").read_text("ascii").split()
-            number, digest, check = int(fields[0]), fields[1], fields[2]
-            if _head_bytes(number, digest).decode().split()[2] != check:
+            data = (self.folder / "HEAD").read_bytes()
+            fields = data.decode("ascii").split()
+            number, digest = int(fields[0]), fields[1]
+            if _head_bytes(number, digest) != data:
                 raise ValueError("checksum")
         except (OSError, ValueError, IndexError):
-            # HEAD itself is torn: the newest intact round stands in for it
+            # the newest intact round stands in for it
             names = [p.name for p in (self.folder / "rounds").glob("[0-9]*")]
             return max((int(name) for name in names if name.isdigit()), default=-1), None
         return number, digest
+
+
+def _intact(text: bytes) -> dict[str, Any]:
+    """The record in a round.json; ValueError when it is not what was written."""
+    record = json.loads(text)
+    own = record.pop("entry_sha256", None) if isinstance(record, dict) else None
+    if own is None or sha256(encode_json(record)) != own:
+        raise ValueError("round.json fails its own digest")
+    assert isinstance(record, dict)
+    return record
 
 
 def _head_bytes(number: int, digest: str) -> bytes:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from fedlora.adapter import Tensors
+from fedlora.adapter import AdapterSpec, Tensors
 from fedlora.errors import AdapterError
 from fedlora.messages import Broadcast, ClientUpdate, OptimizerState, RoundPlan
 
@@ -273,6 +273,18 @@ UPDATE_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+# the clients of one process share a spec: the last one and its digest
+_last_spec: tuple[AdapterSpec, str] | None = None
+
+
+def _spec_digest(spec: AdapterSpec) -> str:
+    global _last_spec
+    last = _last_spec
+    if last is None or last[0] is not spec:
+        _last_spec = last = (spec, spec.digest())
+    return last[1]
+
+
 def encode_update(update: ClientUpdate) -> tuple[bytes, bytes]:
     """(manifest, payload) of a client's update."""
     payload = encode_tensors(update.delta.tensors)
@@ -282,7 +294,7 @@ def encode_update(update: ClientUpdate) -> tuple[bytes, bytes]:
         "attempt": update.attempt,
         "client": update.client,
         "start_sha256": update.start_sha256,
-        "spec": update.delta.spec.digest(),
+        "spec": _spec_digest(update.delta.spec),
         "base_fingerprint": update.delta.spec.base_fingerprint,
         "size_bytes": len(payload),
         "sha256": sha256(payload),
@@ -373,9 +385,12 @@ def decode_own(data: bytes) -> dict[str, torch.Tensor]:
         entries = json.loads(data[8 : 8 + size])
         if not all(NAME.fullmatch(name) for name in entries):
             raise ValueError("a tensor name is not allowed")
+        # True and 1.0 equal 1, and would be taken for it by the cache of layouts
+        if any(type(n) is not int or n < 0 for e in entries.values() for n in e["shape"]):
+            raise ValueError("a shape does not consist of lengths")
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         dtypes = {name: _BY_CODE[entry["dtype"]] for name, entry in entries.items()}
         return decode_tensors(data, shapes, dtypes)
-    # a shape of another type than integers, or beyond 64 bits, can fail at any use
+    # a length beyond 64 bits fails at any use
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
         raise AdapterError(f"not a safetensors file of fedlora: {e}") from e

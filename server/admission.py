@@ -13,7 +13,7 @@ import torch
 from fedlora.adapter import AdapterSpec, AdapterState
 from fedlora.errors import AdapterError, UpdateRejected
 from fedlora.messages import ClientUpdate
-from fedlora.wire import Shapes, decode_tensors, decode_update_manifest, header, sha256
+from fedlora.wire import Shapes, decode_tensors, decode_update_manifest, layout, sha256
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Limits:
 
 def expected_size(shapes: Shapes) -> int:
     """Bytes of the canonical float32 payload for `shapes`."""
-    return len(header(shapes)) + 4 * sum(math.prod(shape) for shape in shapes.values())
+    return layout(shapes).total
 
 
 def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits) -> ClientUpdate:
@@ -74,7 +74,8 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
         raise reject("CLIENT", f"manifest names client {fields['client'][:64]!r}")
     for key in ("run", "round", "attempt", "start_sha256"):
         if fields[key] != getattr(expected, key):
-            raise reject("STALE", f"{key} is {fields[key]!r}; expected {getattr(expected, key)!r}")
+            found = repr(fields[key])[:80]
+            raise reject("STALE", f"{key} is {found}; expected {getattr(expected, key)!r}")
     if fields["base_fingerprint"] != expected.spec.base_fingerprint:
         raise reject("SPEC", "the client trained on another base model")
     if fields["spec"] != expected.spec_digest:

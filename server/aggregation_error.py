@@ -23,7 +23,10 @@ BUDGET_ELEMENTS = 16 * 2**20
 
 @dataclass(frozen=True)
 class Trained:
-    """One client's contribution: weight p_i, the spec it holds, and its factors by layer."""
+    """One client's contribution: weight p_i, the spec it holds, and its factors by layer.
+
+    `read` takes a layer of `spec`.
+    """
 
     weight: float
     spec: AdapterSpec
@@ -53,13 +56,16 @@ def aggregation_error(
         if merged is None:
             if not method.affine:
                 return None
-            means = {f: sum(c.weight * c.read(layer)[f].double() for c in clients) for f in factors}
+            means = {
+                f: sum(c.weight * c.read(c.spec.layers[index])[f].double() for c in clients)
+                for f in factors
+            }
             error += sum(float(((means[f] - factors[f]) ** 2).sum()) for f in factors)
             ideal += sum(float((torch.as_tensor(means[f]) ** 2).sum()) for f in factors)
             continue
         rank = sum(c.spec.layers[index].rank for c in clients) + merged[0].shape[1]
         if rank * (layer.out + layer.inp) <= BUDGET_ELEMENTS:
-            squares = _stacked(method, basis, clients, index, layer, merged)
+            squares = _stacked(method, basis, clients, index, merged)
         else:
             squares = _row_blocks(method, basis, clients, index, layer, merged)
         error += squares[0]
@@ -74,13 +80,14 @@ def _stacked(
     basis: Basis,
     clients: Sequence[Trained],
     index: int,
-    layer: LayerSpec,
     merged: tuple[Tensor, Tensor],
 ) -> tuple[float, float]:
-    pairs = [_lowrank(method, basis, c, index, layer) for c in clients]
-    weights = [c.weight for c in clients]
-    ideal = product_norm(*stack(pairs, weights))
-    error = product_norm(*stack([*pairs, merged], [*weights, -1.0]))
+    pairs = [_lowrank(method, basis, c, index) for c in clients]
+    left, right = stack([*pairs, merged], [*(c.weight for c in clients), -1.0])
+    del pairs  # as large as the stack itself
+    rank = right.shape[0] - merged[1].shape[0]
+    ideal = product_norm(left[:, :rank], right[:rank])
+    error = product_norm(left, right)
     return error**2, ideal**2
 
 
@@ -98,7 +105,7 @@ def _row_blocks(
         block = slice(first, min(first + rows, layer.out))
         mean = torch.zeros(block.stop - block.start, layer.inp, dtype=torch.float64)
         for client in clients:
-            left, right = _lowrank(method, basis, client, index, layer)
+            left, right = _lowrank(method, basis, client, index)
             mean.addmm_(left[block].double(), right.double(), alpha=client.weight)
         ideal += float((mean**2).sum())
         mean.addmm_(merged[0][block].double(), merged[1].double(), alpha=-1.0)
@@ -106,9 +113,8 @@ def _row_blocks(
     return error, ideal
 
 
-def _lowrank(
-    method: Method, basis: Basis, client: Trained, index: int, layer: LayerSpec
-) -> tuple[Tensor, Tensor]:
-    pair = method.lowrank(client.spec.layers[index], client.read(layer), basis)
+def _lowrank(method: Method, basis: Basis, client: Trained, index: int) -> tuple[Tensor, Tensor]:
+    small = client.spec.layers[index]
+    pair = method.lowrank(small, client.read(small), basis)
     assert pair is not None
     return pair

@@ -21,7 +21,7 @@ from fedlora.server.interrupt import shielded
 from fedlora.server.link import Link, Reply, Task
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import ClientInfo, Strategy, StrategyState
-from fedlora.wire import encode_broadcast, encode_tensors, sha256
+from fedlora.wire import Shapes, encode_broadcast, encode_tensors, sha256
 
 Event = dict[str, Any]
 Evaluate = Callable[[AdapterState], Mapping[str, float]]
@@ -198,6 +198,7 @@ class Attempt:
         strategy, state = self.run.strategy, self.state
         parts: dict[str, bytes] = {}
         made: dict[Hashable, tuple[AdapterState, dict[str, str], str]] = {}
+        interned: dict[Hashable, Shapes] = {}
         tasks = []
         for client in chosen:
             key = strategy.broadcast_key(state, client)
@@ -222,7 +223,9 @@ class Attempt:
                 optimizer_state=self.run.settings.optimizer_state,
             )
             broadcast = Broadcast(plan, spec_digest, digests)
-            shapes = strategy.expect(state, client)
+            shapes: Shapes = strategy.expect(state, client)
+            # clients with equal shapes share one object, so that each costs little memory
+            shapes = interned.setdefault(tuple(shapes.items()), shapes)
             self.expected[client.name] = Expectation(
                 run=self.run.run,
                 round=self.round,
@@ -286,8 +289,7 @@ class Attempt:
         expected = self.expected[client]
 
         def read(layer: LayerSpec) -> Mapping[str, torch.Tensor]:
-            small = expected.spec.layer(layer.name)
-            names = {f"{layer.name}.{f}": f for f in self.run.method.factor_shapes(small)}
+            names = {f"{layer.name}.{f}": f for f in self.run.method.factor_shapes(layer)}
             deltas = self.spool.read_some(client, expected.shapes, names)
             trained = {}
             for name, factor in names.items():

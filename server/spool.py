@@ -8,7 +8,7 @@ import torch
 
 from fedlora.errors import StorageError
 from fedlora.storage import storage_errors
-from fedlora.wire import Shapes, canonical_order, decode_tensors, header
+from fedlora.wire import Shapes, decode_tensors, layout
 
 
 class Spool:
@@ -51,14 +51,13 @@ class Spool:
     ) -> dict[str, torch.Tensor]:
         """Only the named tensors of one client, without reading the others."""
         offset, _ = self._slots[client]
-        offset += len(header(shapes))
+        slots = layout(shapes).slots
         found = {}
-        for name in canonical_order(shapes):
-            size = 4 * int(torch.Size(shapes[name]).numel())
-            if name in names:
-                data = bytearray(self._read(offset, size))
-                found[name] = torch.frombuffer(data, dtype=torch.float32).reshape(shapes[name])
-            offset += size
+        for name in names:
+            if name in slots:
+                slot = slots[name]
+                data = bytearray(self._read(offset + slot.start, slot.end - slot.start))
+                found[name] = torch.frombuffer(data, dtype=slot.dtype).reshape(slot.shape)
         return found
 
     def close(self) -> None:

@@ -71,10 +71,10 @@ def load(job: Job) -> Loaded:
         labels=data.labels,
         pad_id=processor.pad_id,
         seed=job.run.seed,
+        heads=None if job.adapter.heads == "auto" else job.adapter.heads,
         device=job.run.device,
     )
     section = job.adapter
-    heads = base.heads if section.heads == "auto" else tuple(section.heads)
     if section.start is not None:
         adapted = _continued(base, Path(section.start), section.dropout)
     else:
@@ -84,7 +84,7 @@ def load(job: Job) -> Loaded:
             rank=section.rank,
             alpha=section.alpha,
             targets=section.targets,
-            heads=heads,
+            heads=base.heads,
             base_fingerprint=base.fingerprint,
             seed=job.run.seed,
             dropout=section.dropout,

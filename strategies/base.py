@@ -108,6 +108,13 @@ class Strategy(ABC):
                     f"federation.strategy_options.{key} is not known to strategy {self.name!r}"
                     f"{near_miss(key, self.options)}; known: {known}"
                 )
+            value, default = given[key], self.options[key]
+            whole = isinstance(default, float) and type(value) is int
+            if default is not None and type(value) is not type(default) and not whole:
+                raise ConfigError(
+                    f"federation.strategy_options.{key} = {value!r} is a {type(value).__name__}; "
+                    f"expected a {type(default).__name__}"
+                )
         self.settings = {**self.options, **given}
 
     def check(self, spec: AdapterSpec, ranks: Iterable[int]) -> None:
@@ -127,8 +134,16 @@ class Strategy(ABC):
         for rank in odd:
             small = with_rank(spec, rank)
             for old, new in zip(spec.layers, small.layers, strict=True):
+                shapes = self.traits.factor_shapes(new)
                 for factor, shape in self.traits.factor_shapes(old).items():
                     self.traits.resize(factor, torch.zeros(shape), old, new)
+                    if self.exact and old.rank != new.rank and shapes[factor] == shape:
+                        raise ConfigError(
+                            f"strategy {self.name!r} cannot average clients of ranks {rank} and "
+                            f"{spec.rank} exactly: factor {factor} of method "
+                            f"{self.traits.name!r} is not made of slots; give all clients rank "
+                            f"{spec.rank}, or choose method lora"
+                        )
 
     def init(self, adapter: AdapterState) -> StrategyState:
         """The state before round 1."""
@@ -148,7 +163,10 @@ class Strategy(ABC):
 
     def expect(self, state: StrategyState, client: ClientInfo) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that must come back."""
-        return trained_shapes(with_rank(state.spec, client.rank), self.traits, self.factors(state))
+        spec = state.spec
+        if client.rank != spec.rank:
+            spec = with_rank(spec, client.rank)
+        return trained_shapes(spec, self.traits, self.factors(state))
 
     def reduce(self, state: StrategyState, updates: Updates) -> Stats:
         """The weighted sum of what clients trained, each at the global rank.

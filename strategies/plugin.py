@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 from fedlora.errors import ConfigError, near_miss
@@ -44,6 +45,10 @@ def find_strategy(name: str) -> type[Strategy]:
             f'federation.strategy = "{name}": {place} has no strategy class {class_name!r}; '
             f"it has {', '.join(classes) or 'none'}"
         )
+    if missing := sorted(found.__abstractmethods__):
+        raise ConfigError(
+            f'federation.strategy = "{name}": {class_name} does not define {", ".join(missing)}'
+        )
     return found
 
 
@@ -54,5 +59,11 @@ def _from_file(path: Path) -> object:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # dataclasses and pickle look a class's module up by name
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     return module

@@ -33,19 +33,19 @@ class RoLora(Strategy):
     def refactor(self, state: StrategyState, stats: Stats) -> StrategyState:
         """The mean takes the place of the trained factor.
 
-        A slot that no client of the round holds comes out as zero. If its other factor is
+        A slot that no client of the round holds comes out as zero. If its frozen factor is
         zero as well, the slot would never have a gradient again, so it keeps its old value
         (which changes no product).
         """
         new = super().refactor(state, stats)
         zero, other = needs_bilinear(self.name, self.traits)
-        if self.factors(state) != (other,):
-            return new
+        (trained,) = self.factors(state)
         tensors = dict(new.tensors)
         for layer in state.spec.layers:
             b, a = tensors[f"{layer.name}.{zero}"], tensors[f"{layer.name}.{other}"]
             if b.dim() == 2 and b.shape[1] == a.shape[0]:  # (d, r) and (r, k)
                 dead = (b == 0).all(0) & (a == 0).all(1)
-                old = state.tensors[f"{layer.name}.{other}"]
-                tensors[f"{layer.name}.{other}"] = old.where(dead[:, None], a)
+                name = f"{layer.name}.{trained}"
+                slots = dead if trained == zero else dead[:, None]
+                tensors[name] = state.tensors[name].where(slots, tensors[name])
         return replace(new, tensors=tensors)

@@ -85,7 +85,7 @@ def test_bytes_equal_a_file_written_by_hand():
         (len(GOLDEN_HEADER) + len(padding)).to_bytes(8, "little")
         + GOLDEN_HEADER
         + padding
-        + bytes.fromhex("0300000000000000" "0000803f" "000000c0")
+        + bytes.fromhex("03000000000000000000803f000000c0")
     )
     assert encode_tensors(GOLDEN).hex() == expected.hex()
 
@@ -366,6 +366,17 @@ def test_garbage_files_are_refused(case):
         data = with_header(text + b" " * (-len(text) % 8), data[8 + size :])
     with pytest.raises(AdapterError):
         decode_own(data)
+
+
+@pytest.mark.parametrize("length", ["true", "1.0"])
+def test_a_refused_file_does_not_change_what_is_legal(length):
+    """1 == True == 1.0, so a cache by shape must not confuse them."""
+    text = b'{"y":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % length.encode()
+    with pytest.raises(AdapterError):
+        decode_own(with_header(text + b" " * (-len(text) % 8), bytes(4)))
+    data = encode_tensors({"y": torch.zeros(1)})
+    assert b'"shape":[1]' in data
+    assert same_bits(decode_own(data), {"y": torch.zeros(1)})
 
 
 @st.composite

@@ -87,9 +87,9 @@ class PartitionSection(Section):
     kind: Literal["iid", "dirichlet", "shards", "pathological", "natural", "folders"] = "natural"
     """iid; dirichlet skew over `column`; shards of rows sorted by `column`; a fixed number
     of classes per client; one client per value of `column`; or one sub-folder per client."""
-    clients: Positive | None = 4
+    clients: Annotated[int, Field(ge=0)] = 4
     """Number of clients. For "natural" and "folders" the data decide; then this keeps the
-    first so many, by name."""
+    first so many, by name, and 0 keeps all."""
     column: str | None = None
     """Column that skews or names the clients; by default the label (`area` for the
     builtin data)."""
@@ -144,8 +144,8 @@ class TrainingSection(Section):
     """Learning rate over the whole run, after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up at the start of the run."""
-    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Clip the gradient of a step to this L2 norm; leave out for no clipping."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the gradient of a step to this L2 norm; 0 does not clip."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 runs the forward pass under autocast."""
     gradient_checkpointing: bool = False
@@ -267,9 +267,9 @@ class Job(Section):
     def _fits_together(self) -> "Job":
         partition, federation = self.partition, self.federation
         problems = []
-        if partition.clients is None and partition.kind not in ("natural", "folders"):
+        if not partition.clients and partition.kind not in ("natural", "folders"):
             problems.append(
-                f'partition.clients is missing; partition.kind = "{partition.kind}" needs a number'
+                f'partition.clients = 0; partition.kind = "{partition.kind}" needs a number'
             )
         chosen = federation.clients_per_round
         if chosen and partition.clients and chosen > partition.clients:

@@ -99,7 +99,7 @@ def load_federated(
     division = partition_rows(
         table,
         partition.kind,
-        clients=partition.clients,
+        clients=partition.clients or None,
         column=column,
         alpha=partition.alpha,
         min_size=partition.min_size,

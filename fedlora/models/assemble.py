@@ -1,6 +1,5 @@
 """The model an adapter belongs to, with the adapter in it."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,9 +61,9 @@ def assemble(path: Path, model: str | None = None, device: str = "cpu") -> Assem
         labels=folder.labels,
         pad_id=processor.pad_id,
         seed=folder.spec.seed,
+        heads=folder.spec.heads,
         device=device,
     )
-    base = dataclasses.replace(base, heads=folder.spec.heads)
     adapted = AdaptedModel.from_spec(
         base.model, folder.spec, base.fingerprint, folder.basis or None
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fedlora.adapters.export import export_peft
 from fedlora.models.assemble import Assembled
-from fedlora.models.loading import load_base
+from fedlora.models.loading import load_base, quiet
 from fedlora.storage import storage_errors
 
 PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
@@ -18,7 +18,7 @@ def export_merged(assembled: Assembled, folder: Path) -> None:
     """
     # the sum is formed in float32, so that a bf16 base does not round the change away
     assembled.base.model.float()
-    with assembled.adapted.merged(), storage_errors(folder):
+    with assembled.adapted.merged(), quiet(), storage_errors(folder):
         model = assembled.adapted.detach()
         model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     _save_processor(assembled, folder)
@@ -35,8 +35,9 @@ def export_base(assembled: Assembled, folder: Path) -> Path:
         labels=assembled.adapter.labels,
         pad_id=assembled.processor.pad_id,
         seed=assembled.adapter.spec.seed,
+        heads=assembled.adapter.spec.heads,
     )
-    with storage_errors(folder):
+    with quiet(), storage_errors(folder):
         plain.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     _save_processor(assembled, folder)
     return folder.resolve()

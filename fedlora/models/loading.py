@@ -1,7 +1,7 @@
 """Loads a base model and its tokenizer or image processor, from a folder, hub or builtin."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedlora.config.job import ModelSection
-from fedlora.errors import ModelError
+from fedlora.errors import ConfigError, ModelError
 from fedlora.models.fingerprint import fingerprint
 from fedlora.seeds import derive_seed
 
@@ -74,18 +74,27 @@ def load_processor(section: ModelSection) -> Processor:
 
 
 def load_base(
-    section: ModelSection, *, labels: Sequence[str], pad_id: int, seed: int, device: str = "cpu"
+    section: ModelSection,
+    *,
+    labels: Sequence[str],
+    pad_id: int,
+    seed: int,
+    heads: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> BaseModel:
     """The base model of the job.
 
     Args:
+        heads: modules trained in full; None finds them (see `find_heads`).
         labels: class names of a classification task, in order.
         pad_id: padding token of the tokenizer.
         seed: weights that the checkpoint lacks (a new head) are drawn from it.
         device: where the model goes.
 
     Raises:
-        ModelError: missing, not a model, or weights that are not safetensors.
+        ConfigError: a head that the model does not have.
+        ModelError: missing, not a model, weights that are not safetensors, or a language
+            model whose checkpoint lacks weights.
     """
     import transformers
 
@@ -100,37 +109,59 @@ def load_base(
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: i for i, label in enumerate(labels)}
         options["ignore_mismatched_sizes"] = True
-    with _quiet(), _model_errors(section), torch.random.fork_rng(devices=[]):
+    with quiet(), _model_errors(section), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "model"))
-        model = auto.from_pretrained(
+        model, info = auto.from_pretrained(
             _source(section),
             revision=section.revision,
             dtype=getattr(torch, section.dtype),
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **options,
         )
     if section.task == "sequence-classification":
         model.config.pad_token_id = pad_id
     _silence_dropout(model)
-    heads = task_heads(model) if section.task != "causal-lm" else ()
-    for head in heads:
+    lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if lacking and section.task == "causal-lm":
+        raise ModelError(
+            f"model.name = {section.name!r} lacks the weights {', '.join(sorted(lacking)[:3])}; "
+            "give a checkpoint of the whole language model"
+        )
+    found = tuple(heads) if heads is not None else find_heads(model, section.task, lacking)
+    modules = dict(model.named_modules())
+    for head in found:
+        if head not in modules:
+            raise ConfigError(
+                f"adapter.heads names {head!r}, which the model does not have; its top modules "
+                f"are {', '.join(name for name, _ in model.named_children())}"
+            )
         # trained in full, so it keeps float32 precision on a bf16 base too
         model.get_submodule(head).float().register_forward_pre_hook(_widen)
     model.requires_grad_(False)
     model.eval()
     model.to(device)
-    return BaseModel(model, heads, fingerprint(model, heads))
+    return BaseModel(model, found, fingerprint(model, found))
 
 
-def task_heads(model: nn.Module) -> tuple[str, ...]:
-    """Top modules outside the pretrained body: the classification head."""
+def find_heads(model: nn.Module, task: str, lacking: Collection[str]) -> tuple[str, ...]:
+    """The modules a classification task trains in full; none for a language model.
+
+    These are the top modules outside the pretrained body, and every module whose weights the
+    checkpoint lacks (a BERT without pooler, say): left as drawn, it would differ between
+    people who load the same checkpoint.
+    """
+    if task == "causal-lm":
+        return ()
     body = getattr(model, "base_model_prefix", "")
-    return tuple(
+    heads = {
         name
         for name, module in model.named_children()
         if name != body and any(True for _ in module.parameters())
-    )
+    }
+    heads |= {key.rpartition(".")[0] for key in lacking}
+    return tuple(sorted(h for h in heads if not any(h.startswith(f"{other}.") for other in heads)))
 
 
 def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -176,8 +207,8 @@ def _model_errors(section: ModelSection) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the loader's progress bars and its report of a head it had to make."""
+def quiet() -> Iterator[None]:
+    """Hides transformers' progress bars and its report of a head it had to make."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

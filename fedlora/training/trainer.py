@@ -140,7 +140,7 @@ def _step(
     for parameter in parameters.values():
         if parameter.grad is not None:
             parameter.grad.div_(max(1, count))
-    if settings.max_grad_norm is not None:
+    if settings.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
     rate = learning_rate(settings, work.first_step + step, work.total_steps)
     for group in optimizer.param_groups:
