@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from fedlora.adapter import AdapterState, LayerSpec, split_name, tensors_digest
+from fedlora.adapter import (
+    AdapterState,
+    LayerSpec,
+    split_name,
+    tensors_digest,
+    trained_shapes,
+)
 from fedlora.adapters.base import Basis, Method
 from fedlora.checkpoint import RunStore
 from fedlora.errors import FedloraError, StrategyError, UpdateRejected
@@ -103,16 +109,20 @@ class Attempt:
         settings = self.run.settings
         with self._timed("broadcast"):
             chosen = self._choose()
-            tasks, parts = self._tasks(chosen)
+            with self._strategy_errors("broadcast"):
+                tasks, parts = self._tasks(chosen)
         with self._timed("clients"):
             for reply in self.run.link.exchange(tasks, parts, settings.deadline_s):
                 self._admit(reply)
         quorum = settings.quorum or math.ceil(2 * len(chosen) / 3)
         if len(self.updates) >= max(1, quorum):
             return ""
-        rejected = f", {len(self.rejected)} rejected" if self.rejected else ""
+        why = ""
+        if self.rejected:
+            first = self.rejected[0]
+            why = f", {len(self.rejected)} rejected ({first['client']}: {first['detail'][:200]})"
         return (
-            f"{len(self.updates)} of {len(chosen)} clients gave a usable update{rejected}; "
+            f"{len(self.updates)} of {len(chosen)} clients gave a usable update{why}; "
             f"the quorum is {quorum}"
         )
 
@@ -128,15 +138,15 @@ class Attempt:
             for name, tensor in new.tensors.items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise StrategyError(f"tensor {name} is not finite after refactor")
-                old = self.state.tensors.get(name)
-                if (
-                    old is not None
-                    and old.shape != tensor.shape
-                    and split_name(name)[0] in {layer.name for layer in self.state.spec.layers}
-                ):
+            adapter = strategy.global_delta(new)
+            for name, shape in trained_shapes(adapter.spec, self.run.method).items():
+                if name not in adapter.tensors:
+                    raise StrategyError(f"the adapter lacks {name} after refactor")
+                tensor = adapter.tensors[name]
+                if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
                     raise StrategyError(
-                        f"tensor {name} has shape {tuple(tensor.shape)} after refactor; "
-                        f"expected {tuple(old.shape)}"
+                        f"tensor {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} "
+                        f"after refactor; expected {shape} and torch.float32"
                     )
         return new
 
@@ -155,7 +165,8 @@ class Attempt:
             "event": "round",
             "round": self.round,
             "train_loss": self._train_loss(),
-            "eval": dict(scores),
+            # JSON has no NaN or infinity, and a diverged model must not end the run
+            "eval": {key: value for key, value in scores.items() if math.isfinite(value)},
             "clients": sorted(self.updates),
             "missing": sorted(
                 self.expected.keys() - self.updates.keys() - {e["client"] for e in self.rejected}
@@ -163,7 +174,7 @@ class Attempt:
             "rejected": len(self.rejected),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
-            "aggregation_error": error,
+            "aggregation_error": error if error is not None and math.isfinite(error) else None,
             "epsilon": None,
             "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()},
             "adapter_sha256": tensors_digest(adapter.tensors),
@@ -203,8 +214,7 @@ class Attempt:
         for client in chosen:
             key = strategy.broadcast_key(state, client)
             if key not in made:
-                with self._strategy_errors("broadcast"):
-                    adapter = strategy.broadcast(state, client)
+                adapter = strategy.broadcast(state, client)
                 digests = {}
                 for name, tensors in split_parts(adapter, self.run.sent_basis).items():
                     data = encode_tensors(tensors)
@@ -306,7 +316,10 @@ class Attempt:
             if "train_loss" in u.metrics
         ]
         weight = sum(w for _, w in losses)
-        return sum(loss * w for loss, w in losses) / weight if weight else None
+        if not weight:
+            return None
+        mean = sum(loss * (w / weight) for loss, w in losses)
+        return mean if math.isfinite(mean) else None
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -37,9 +37,9 @@ def run_local(job: Job, loaded: Loaded, folder: Path, emit: Emit | None = None) 
         name: _last_scores(_run(single, loaded, {name: data}, folder / name, emit))
         for name, data in loaded.data.clients.items()
     }
-    keys = next(iter(clients.values())).keys()
+    keys = set.intersection(*(set(scores) for scores in clients.values()))
     return {
-        "mean": {key: sum(s[key] for s in clients.values()) / len(clients) for key in keys},
+        "mean": {key: sum(s[key] for s in clients.values()) / len(clients) for key in sorted(keys)},
         "clients": {name: dict(scores) for name, scores in clients.items()},
         "steps_per_client": job.federation.rounds * job.training.local_steps,
     }

@@ -136,6 +136,7 @@ def _baseline_run(
         "curve": [
             {"round": number, "steps": count, "value": scores[metric], "bytes": 0}
             for number, count, scores in points
+            if metric in scores
         ],
         "final": dict(final),
         "aggregation_error": None,

@@ -1,6 +1,7 @@
 """Federation: a job made real on this machine, and the runs that are made of it."""
 
 import dataclasses
+import math
 import platform
 import secrets
 from collections.abc import Callable, Mapping
@@ -275,7 +276,8 @@ class Federation:
                 pad_id=loaded.processor.pad_id,
                 max_new_tokens=job.evaluation.max_new_tokens,
             )
-        return found
+        # of a diverged model, figures that JSON cannot carry are left out
+        return {key: value for key, value in found.items() if math.isfinite(value)}
 
     def hold(self, adapter: AdapterState) -> None:
         """Puts a global adapter into the model."""

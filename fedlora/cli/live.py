@@ -57,6 +57,7 @@ class LiveView:
     def stop(self) -> None:
         """Leaves the last picture on the screen."""
         if self._live is not None:
+            self._note = ""
             self._live.update(self._render())
             self._live.stop()
             self._live = None
@@ -76,16 +77,17 @@ class LiveView:
         elif kind == "rejected":
             self._say(
                 f"round {event['round']}: rejected {event['client']} ({event['code']}): "
-                f"{event['detail']}"
+                f"{event['detail']}",
+                keep=True,
             )
         elif kind == "abandoned":
-            self._say(f"round {event['round']} abandoned: {event['why']}")
+            self._say(f"round {event['round']} abandoned: {event['why']}", keep=True)
         elif kind == "resume":
             self._done = self._first = event["round"]
             self._began = time.monotonic()
             self._say(f"continuing after round {event['round']}")
         elif kind == "fallback":
-            self._say(f"warning: {event['why']}")
+            self._say(f"warning: {event['why']}", keep=True)
 
     def working(self, client: str) -> None:
         """A client begins its part of a round."""
@@ -116,13 +118,12 @@ class LiveView:
             soft_wrap=True,
         )
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, *, keep: bool = False) -> None:
+        """One line; a live view has its own place for it, unless it must be kept."""
         if self.quiet:
             return
-        if self._live is None:
+        if self._live is None or keep:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        elif (text.startswith(("warning", "round")) and "rejected" in text) or "abandoned" in text:
-            self._live.console.print(text, markup=False, highlight=False)
         self._refresh()
 
     def _refresh(self) -> None:

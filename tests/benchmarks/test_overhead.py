@@ -73,7 +73,7 @@ def test_a_server_that_keeps_updates_fails_the_memory_bar(overhead):
             "rss_peak": peak,
         }
 
-    for peak, met in ((10 * 2**20 + 900 * 2**18, False), (20 * 2**20, True)):
+    for peak, met in ((10 * 2**20 + 900 * 2**18, False), (14 * 2**20, True)):
         found = {
             "updates_per_s": {"fedlora": {"median": 1000.0}},
             "memory": [row(100, 10 * 2**20), row(1000, peak)],

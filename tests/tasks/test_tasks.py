@@ -157,5 +157,5 @@ def test_a_derived_basis_travels_once_and_is_checked(bert, labelled, tmp_path):
     )
     _, rounds = run(made, tmp_path / "run")
     factors = rounds[0]["bytes_up"]
-    assert rounds[0]["bytes_down"] > 1.8 * factors
+    assert rounds[0]["bytes_down"] > 1.5 * factors
     assert rounds[1]["bytes_down"] < 1.1 * factors
