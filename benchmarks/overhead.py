@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -363,7 +364,8 @@ def _cores() -> int:
 def _machine(threads: int) -> dict[str, Any]:
     from fedlora.simulation.federation import machine
 
-    return {**machine(threads), "cores": _cores()}
+    peers = {name: version(name) for name in ("flwr", "ray") if find_spec(name)}
+    return {**machine(threads), "cores": _cores(), **peers}
 
 
 def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -427,9 +429,10 @@ def report(found: Mapping[str, Any]) -> str:
         f"    {found['command']}",
         "",
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; Python "
-        f"{machine['python']}, torch {machine['torch']}, {machine['threads']} thread. Load "
-        f"average {found['load'][0]} before the first run and {found['load'][1]} after the last; "
-        f"above {machine['cores']}, other work took its share and all rates are lower bounds.",
+        f"{machine['python']}, torch {machine['torch']}, {machine['threads']} torch thread(s). "
+        f"Load average {found['load'][0]} before the first run and {found['load'][1]} after the "
+        f"last; above {machine['cores']}, other work took its share and all rates are "
+        "lower bounds.",
         "",
         f"{found['rounds']} rounds of {clients} clients, adapter: {Size(**found['adapter'])}. "
         "Steady state: from the end of round 1 to the end of the last round. Every run is a fresh "
@@ -438,7 +441,10 @@ def report(found: Mapping[str, Any]) -> str:
         "| engine | client-updates/s, median | lowest | highest | runs |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    labels = {"fedlora": "fedlora, local engine", "flower": "Flower 1.41, Ray simulation"}
+    labels = {
+        "fedlora": "fedlora, local engine",
+        "flower": f"Flower {machine.get('flwr')}, Ray {machine.get('ray')} simulation",
+    }
     for engine, rate in found["updates_per_s"].items():
         lines.append(
             f"| {labels[engine]} | {rate['median']:.0f} | "

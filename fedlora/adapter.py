@@ -6,6 +6,7 @@ The state is the spec plus named tensors. A tensor is called `<layer>.<factor>`,
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -93,7 +94,11 @@ class AdapterSpec:
             ) from e
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of the spec."""
+        """SHA-256 of the canonical JSON of the spec; made once."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -18,7 +18,7 @@ def evaluate(
 
     Returns:
         loss (nats per token or example), accuracy (0 to 1) and, for causal-lm, perplexity
-        and bits_per_byte of the counted text. Empty without examples.
+        and bits_per_byte of the counted text. Empty where nothing counts.
     """
     if not examples:
         return {}
@@ -36,6 +36,8 @@ def evaluate(
             count += part.count
             correct += part.correct
     model.train(training)
+    if not count:
+        return {}
     scores = {"loss": total / count, "accuracy": correct / count}
     num_bytes = sum(example.num_bytes for example in examples)
     if task == "causal-lm":

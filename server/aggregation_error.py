@@ -18,7 +18,7 @@ from fedlora.adapter import AdapterSpec, LayerSpec, Tensors
 from fedlora.adapters.base import Basis, Method
 from fedlora.linalg import product_norm, stack
 
-BUDGET_ELEMENTS = 16 * 2**20
+BUDGET_ELEMENTS = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def aggregation_error(
             ideal += sum(float((torch.as_tensor(means[f]) ** 2).sum()) for f in factors)
             continue
         rank = sum(c.spec.layers[index].rank for c in clients) + merged[0].shape[1]
-        if rank * (layer.out + layer.inp) <= BUDGET_ELEMENTS:
+        # beyond this the product is smaller than its factors, and cheaper than their QR
+        if rank * (layer.out + layer.inp) <= min(BUDGET_ELEMENTS, layer.out * layer.inp):
             squares = _stacked(method, basis, clients, index, merged)
         else:
             squares = _row_blocks(method, basis, clients, index, layer, merged)

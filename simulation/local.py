@@ -29,7 +29,6 @@ class LocalLink:
         self.progress = progress
         # digests each client holds from earlier rounds, by part
         self._held: dict[str, dict[str, str]] = {}
-        self._recorded: dict[str, tuple[bytes, bytes]] = {}
 
     def roster(self) -> Sequence[ClientInfo]:
         return self.scenario.clients
@@ -64,6 +63,4 @@ class LocalLink:
         except FedloraError as e:
             return Reply(client, b"", b"", down, seconds, error=str(e))
         manifest, payload = encode_update(self.scenario.tamper(update))
-        if "replay" in self.scenario.kinds(client):
-            manifest, payload = self._recorded.setdefault(client, (manifest, payload))
         return Reply(client, manifest, payload, down, seconds)

@@ -27,26 +27,28 @@ class MetricsLog:
         """All whole lines."""
         events: list[Event] = []
         try:
-            lines = self.path.read_text("utf-8").splitlines()
+            lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
             return events
         for line in lines:
             try:
-                events.append(json.loads(line))
+                event = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(event, dict):
+                events.append(event)
         return events
 
     def reconcile(self, store: RunStore, head: int) -> None:
         """Drops what was not committed, adds what was committed but not written."""
-        old = self.read()
-        kept = [e for e in old if e.get("round", 0) <= head and e.get("event") != "end"]
+        kept = [e for e in self.read() if e.get("round", 0) <= head and e.get("event") != "end"]
         rounds = {e["round"] for e in kept if e.get("event") in ("start", "round")}
         for number in range(head + 1):
             record = store.record(number)
             if number not in rounds and record is not None:
                 kept = [e for e in kept if e.get("round") != number] + record["events"]
-        if kept != old:
-            kept.sort(key=lambda event: int(event.get("round", 0)))
-            text = "".join(json.dumps(event, sort_keys=True) + "\n" for event in kept)
-            write_atomic(self.path, text.encode())
+        kept.sort(key=lambda event: int(event.get("round", 0)))
+        text = "".join(json.dumps(event, sort_keys=True) + "\n" for event in kept).encode()
+        # bytes, not events: a half line at the end would swallow the next one
+        if not self.path.is_file() or text != self.path.read_bytes():
+            write_atomic(self.path, text)

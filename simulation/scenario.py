@@ -109,6 +109,9 @@ class Scenario:
         elif kind == "wrong-shape":
             grown = torch.cat([delta.tensors[first], delta.tensors[first]])
             delta = AdapterState(delta.spec, {**delta.tensors, first: grown})
+        elif kind == "replay":
+            # says, truly or not, that it is of the round before: no memory, so no resume differs
+            return dataclasses.replace(update, round=update.round - 1)
         elif kind == "sign-flip":
             delta = delta.scaled(-strength)
         elif kind == "scale":

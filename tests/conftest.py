@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 settings.register_profile("fedlora", deadline=None, derandomize=True, database=None)
 settings.load_profile("fedlora")
 
-WORDS = "good bad fine poor film book song play very not a the is was it".split()
+WORDS = ["good", "bad", "fine", "poor", "film", "book", "song", "play", "very", "not", "the", "it"]
 
 
 @pytest.fixture(scope="session")

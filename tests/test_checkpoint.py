@@ -1,5 +1,6 @@
 """The run folder: a round is there whole or not at all, and damage is never loaded."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -32,7 +33,8 @@ def record_of(number):
 
 
 def new_run(folder, rounds=0):
-    store = RunStore.create(folder, JOB, "digest", tensors_of(0), record_of(0), {"spec.json": b"{}"})
+    files = {"spec.json": b"{}"}
+    store = RunStore.create(folder, JOB, "digest", tensors_of(0), record_of(0), files)
     for number in range(1, rounds + 1):
         store.commit(number, tensors_of(number), record_of(number))
     return store
@@ -189,7 +191,7 @@ def test_damage_to_all_rounds_is_an_error_that_names_them(finished, tmp_path):
     shutil.copytree(finished, folder)
     for number in range(4):
         flip(folder / "rounds" / f"{number:04d}" / "global.safetensors", -1, 0)
-    with pytest.raises(RunFolderError, match="round 3.*round 2.*round 1.*round 0"):
+    with pytest.raises(RunFolderError, match=r"round 3.*round 2.*round 1.*round 0"):
         reopened(folder)
 
 
@@ -204,9 +206,7 @@ def test_a_swapped_round_is_detected(finished, tmp_path):
     assert fallback
 
 
-def test_a_round_done_again_after_a_fallback_is_chained_to_what_it_started_from(
-    finished, tmp_path
-):
+def test_a_round_done_again_after_a_fallback_is_chained_to_what_it_started_from(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     flip(folder / NEWEST[1], 5, 1)
@@ -346,20 +346,21 @@ def test_a_full_disk_leaves_the_former_head(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, folder)
     store = RunStore.open(folder, "digest")
     store.load()
+    monkeypatch.setattr(fedlora.storage, "os", FullDisk(0))
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        store.commit(4, tensors_of(4), record_of(4))
+    assert caught.value.exit_code == 3
     for writes in range(50):
         monkeypatch.setattr(fedlora.storage, "os", FullDisk(writes))
-        try:
+        with contextlib.suppress(StorageError):
             store.commit(4, tensors_of(4), record_of(4))
             break
-        except StorageError as e:
-            assert e.exit_code == 3
-            assert "No space left on device" in str(e)
-        finally:
-            monkeypatch.undo()
+        monkeypatch.undo()
         assert not list(folder.rglob("*.tmp"))
         committed = store.load()
         assert (committed.round, store.fallback) == (3, None)
         assert same(committed.tensors, tensors_of(3))
+    monkeypatch.undo()
     assert writes > 5
     assert same(store.load().tensors, tensors_of(4))
     store.close()

@@ -155,7 +155,7 @@ def test_names_outside_the_alphabet_are_refused(name):
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(AdapterError, match="has dtype torch.bool"):
+    with pytest.raises(AdapterError, match=r"has dtype torch\.bool"):
         encode_tensors({"x": torch.zeros(1, dtype=torch.bool)})
 
 

@@ -192,7 +192,7 @@ def test_every_client_of_one_rank_starts_from_the_global_adapter(strategy, metho
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_options_that_no_one_knows_are_refused(strategy, number):
-    with pytest.raises(ConfigError, match="strategy_options.momentun is not known to strategy"):
+    with pytest.raises(ConfigError, match=r"strategy_options\.momentun is not known to strategy"):
         STRATEGIES[strategy](METHODS["lora"], {"momentun": number})
 
 
