@@ -87,7 +87,7 @@ class AdapterSpec:
             fields["heads"] = tuple(fields["heads"])
             fields["head_shapes"] = {k: tuple(v) for k, v in fields["head_shapes"].items()}
             return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise AdapterError(
                 f"adapter spec is not readable ({e}); expected the object that fedlora writes "
                 "into adapter_config.json"

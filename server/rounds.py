@@ -22,7 +22,8 @@ def run_rounds(run: RunParts, state: StrategyState, until: int | None = None) ->
         StrategyError: the strategy failed; the last committed round stands.
         StorageError: the disk refused; likewise.
     """
-    last = min(until or run.settings.rounds, run.settings.rounds)
+    rounds = run.settings.rounds
+    last = rounds if until is None else min(until, rounds)
     while state.round < last:
         state = _run_round(run, state)
     return state

@@ -18,6 +18,7 @@ settings.register_profile("fedlora", deadline=None, derandomize=True, database=N
 settings.load_profile("fedlora")
 
 WORDS = ["good", "bad", "fine", "poor", "film", "book", "song", "play", "very", "not", "the", "it"]
+WORDS += ["a", "is", "was"]
 
 
 @pytest.fixture(scope="session")

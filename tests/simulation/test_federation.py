@@ -176,10 +176,9 @@ def test_a_client_that_was_away_fetches_what_it_missed(make):
 
 def test_a_client_that_diverges_is_rejected_and_the_round_goes_on(make, make_job):
     """The same client with a learning rate of 3e38; the others' round, bit for bit."""
-    wild = make_job(
-        training={"learning_rate": 3e38, "optimizer": "sgd", "max_grad_norm": 0.0, "local_steps": 3}
-    )
-    run, clean = make("run", federation={"quorum": 2}), make("clean", federation={"quorum": 2})
+    wild = make_job(training={"learning_rate": 3e38, "optimizer": "sgd", "max_grad_norm": 0.0})
+    sections = {"federation": {"quorum": 2}, "training": {"local_steps": 4}}
+    run, clean = make("run", **sections), make("clean", **sections)
 
     def work(federation):
         other = Federation(wild, run.loaded)
