@@ -16,7 +16,7 @@ from fedlora.data.labelled import Labels, sorted_names
 from fedlora.data.partition import partition_rows
 from fedlora.data.rows import Row, Table
 from fedlora.data.source import BUILTIN, read_source
-from fedlora.data.unusable import UNASSIGNED, Unusable
+from fedlora.data.unusable import BEYOND, UNASSIGNED, Unusable
 from fedlora.errors import DataError
 from fedlora.seeds import generator
 
@@ -114,6 +114,8 @@ def load_federated(
     unassigned = Unusable()
     for number in division.unassigned:
         unassigned.drop(UNASSIGNED, table.rows[number].origin)
+    for number in division.beyond:
+        unassigned.drop(BEYOND, table.rows[number].origin)
     parts = [client.unusable for client in clients.values()]
     if data.test is None:
         test = [example for client in clients.values() for example in client.validation]

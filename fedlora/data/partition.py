@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,12 +35,13 @@ class Partition:
     Attributes:
         clients: client to its row numbers, ascending; by name.
         unassigned: rows that no client got: the rest of a division into equal shards, or
-            classes that no client was given; ascending. Rows of clients beyond the number
-            asked for are not among them.
+            classes that no client was given; ascending.
+        beyond: rows of clients beyond the number asked for; ascending.
     """
 
     clients: dict[str, list[int]]
     unassigned: list[int]
+    beyond: list[int] = field(default_factory=list)
 
 
 def partition_rows(
@@ -160,8 +161,10 @@ def _by_value(values: Sequence[str], clients: int | None) -> Partition:
     code = {name: place for place, name in enumerate(names)}
     columns = {_ROW: list(range(len(values))), _VALUE: [code[value] for value in values]}
     parts = _load_parts(NaturalIdPartitioner(_VALUE), columns, len(names))
-    named = dict(sorted(zip(safe_names(names), parts, strict=True))[:clients])
-    return Partition({name: sorted(rows) for name, rows in named.items()}, [])
+    named = sorted(zip(safe_names(names), parts, strict=True))
+    beyond = [] if clients is None else [row for _, rows in named[clients:] for row in rows]
+    kept = {name: sorted(rows) for name, rows in named[:clients]}
+    return Partition(kept, [], sorted(beyond))
 
 
 def safe_names(values: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ EMPTY_LABEL = "empty label"
 UNREADABLE_PICTURE = "unreadable picture"
 TOO_SHORT = "fewer than two tokens"
 UNASSIGNED = "given to no client by the partition"
+BEYOND = "of clients beyond partition.clients"
 
 
 @dataclass(frozen=True)

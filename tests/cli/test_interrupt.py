@@ -34,12 +34,17 @@ def test_ctrl_c_keeps_the_committed_rounds_and_says_how_to_go_on(job, tmp_path):
 
 
 def test_ctrl_c_inside_a_shield_waits_for_its_end():
-    finished = False
-    with pytest.raises(KeyboardInterrupt), shielded():
-        os.kill(os.getpid(), signal.SIGINT)
+    finished = []
+
+    def commit():
         with shielded():
             os.kill(os.getpid(), signal.SIGINT)
-        finished = True
+            with shielded():
+                os.kill(os.getpid(), signal.SIGINT)
+            finished.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        commit()
     assert finished
 
 

@@ -121,6 +121,7 @@ def test_compare_makes_one_table_and_one_plot_and_continues(cli, job, tmp_path):
     assert errors["rolora"] < 1e-5
     shutil.rmtree(out / "runs" / "fedit-seed1")
     cli(*words)
-    assert json.loads((out / "comparison.json").read_text())["runs"][5]["curve"] == (
-        found["runs"][5]["curve"]
+    assert (
+        json.loads((out / "comparison.json").read_text())["runs"][5]["curve"]
+        == (found["runs"][5]["curve"])
     )
