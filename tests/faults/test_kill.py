@@ -90,7 +90,7 @@ def test_the_command_line_resumes_a_killed_simulation(tmp_path, trials):
         child = subprocess.Popen(
             command("simulate", str(job), "--out", str(run)), stdout=subprocess.PIPE, text=True
         )
-        _kill_after_lines(child, chance.randint(2, 8))
+        _kill_after_lines(child, chance.randint(3, 9))
         again = subprocess.Popen(command("resume", str(run)), stdout=subprocess.PIPE, text=True)
         _kill_after_lines(again, chance.randint(1, 3))
         subprocess.run(command("resume", str(run)), check=True, **quiet)
