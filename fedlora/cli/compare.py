@@ -72,7 +72,9 @@ def run_compare(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    console.print((out / "table.md").read_text("utf-8"), highlight=False, markup=False)
+    console.print(
+        (out / "table.md").read_text("utf-8"), highlight=False, markup=False, soft_wrap=True
+    )
     console.print(f"report   {page}", highlight=False, soft_wrap=True)
 
 
