@@ -1,9 +1,11 @@
 """A run whose process is killed again and again, and a checker of what is left.
 
-The child is forked, so that a trial costs milliseconds: it opens (or creates) the run folder
-and drives the real round loop with clients whose updates are a fixed function of round and
-name. Every round that the loop reports as committed is written to a log of the harness's own,
-outside the run folder; a checker compares the two.
+The child is forked, so that a trial costs milliseconds: it opens the run folder and drives the
+real round loop with clients whose updates are a fixed function of round and name. It kills
+itself (kill -9) at a random one of its next writes, syncs and renames: before it, after it, or
+with half of the bytes written.
+Every round that the loop reports as committed is written to a log of the harness's own, outside
+the run folder; a checker compares the two.
 """
 
 import dataclasses
@@ -12,7 +14,6 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,8 +56,8 @@ class NaiveStore(RunStore):
     """How a store is usually written: files in place, without order and without digests."""
 
     def commit(self, number, tensors, record):
-        (self.folder / "record.json").write_text(json.dumps({**record, "round": number}))
-        (self.folder / "global.safetensors").write_bytes(encode_tensors(tensors))
+        _overwrite(self.folder / "record.json", json.dumps({**record, "round": number}).encode())
+        _overwrite(self.folder / "global.safetensors", encode_tensors(tensors))
 
     def load(self):
         record = json.loads((self.folder / "record.json").read_text())
@@ -65,6 +66,12 @@ class NaiveStore(RunStore):
 
     def prune(self, head, keep, every):
         pass
+
+
+def _overwrite(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.write(descriptor, data)
+    os.close(descriptor)
 
 
 def initial() -> AdapterState:
@@ -177,31 +184,37 @@ class Trial:
     sha256: str
 
 
-def run_trial(folder: Path, kind: type[RunStore], seed: int, longest_s: float = 0.25) -> Trial:
-    """Kills the run at random times until it gets through."""
+def run_trial(folder: Path, kind: type[RunStore], seed: int, longest: int = 40) -> Trial:
+    """Kills the run at random operations until it gets through.
+
+    Args:
+        folder: where the run folder goes.
+        kind: the store under test.
+        seed: of the kills.
+        longest: a process is killed within so many writes, syncs and renames.
+    """
     chance = random.Random(seed)
     create(folder, kind)
     acknowledged = folder.with_name(folder.name + ".acknowledged")
     acknowledged.touch()
     kills = 0
     while True:
+        point, moment = chance.randint(1, longest), chance.choice(("before", "half", "after"))
         child = os.fork()
         if child == 0:
             code = 1
             try:
+                _arm(point, moment)
                 drive(folder, kind, acknowledged)
                 code = 0
             except (FedloraError, ValueError, KeyError):
                 code = 2
             finally:
                 os._exit(code)
-        # late enough to make progress in the end, early enough to hit every stage
-        status = _wait(child, chance.uniform(0.0, longest_s))
-        if status is None:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
             kills += 1
-        elif status == 0:
+        elif os.waitstatus_to_exitcode(status) == 0:
             break
         else:
             return Trial(kills, "the folder could not be resumed", "")
@@ -217,13 +230,27 @@ def run_trial(folder: Path, kind: type[RunStore], seed: int, longest_s: float = 
     return Trial(kills, "", lines[-1][1])
 
 
-def _wait(child: int, seconds: float) -> int | None:
-    """Exit status of the child, or None when it still runs after `seconds`."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        # polls the operating system; nothing is synchronised by this pause
-        time.sleep(0.001)
-    return None
+def _arm(point: int, moment: str) -> None:
+    """Kills this process at its `point`-th write, sync or rename."""
+    count = 0
+
+    def deadly(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*args):
+            nonlocal count
+            count += 1
+            if count != point:
+                return real(*args)
+            if moment == "half" and name in ("write", "pwrite"):
+                data = bytes(args[1])
+                real(args[0], data[: len(data) // 2], *args[2:])
+            elif moment == "after":
+                real(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("unreachable")
+
+        setattr(os, name, call)
+
+    for name in ("write", "pwrite", "fsync", "rename"):
+        deadly(name)
