@@ -40,7 +40,7 @@ class Committed:
 class RunStore:
     """An open, locked run folder. Use `create` or `open`."""
 
-    def __init__(self, folder: Path, lock: int, job_digest: str | None = None) -> None:
+    def __init__(self, folder: Path, lock: int | None, job_digest: str | None = None) -> None:
         self.folder = folder
         self._lock = lock
         self._job_digest = job_digest
@@ -70,6 +70,7 @@ class RunStore:
             RunFolderError: the folder is not empty.
             StorageError: the disk refused.
         """
+        folder = folder.absolute()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunFolderError(
                 f"output folder {folder} exists and is not empty; choose another --out, or "
@@ -97,12 +98,13 @@ class RunStore:
         return store
 
     @classmethod
-    def open(cls, folder: Path, job_digest: str) -> "RunStore":
+    def open(cls, folder: Path, job_digest: str, *, locked: bool = True) -> "RunStore":
         """An existing run folder, locked.
 
         Args:
             folder: as written by `create`.
             job_digest: digest of the job in it, as it is now.
+            locked: False only reads, also while another process runs.
 
         Raises:
             RunFolderError: not a run folder, or in use by another process.
@@ -112,11 +114,12 @@ class RunStore:
                 f"{folder} is not a run folder (no HEAD and job.toml in it); give the folder "
                 "that fedlora simulate wrote"
             )
-        return cls(folder, _lock(folder), job_digest)
+        return cls(folder, _lock(folder) if locked else None, job_digest)
 
     def close(self) -> None:
         """Releases the lock."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def commit(self, number: int, tensors: Tensors, record: Mapping[str, Any]) -> None:
         """Makes round `number` the head; afterwards it survives a crash.

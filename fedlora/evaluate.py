@@ -54,7 +54,7 @@ def exact_match(
     *,
     pad_id: int,
     max_new_tokens: int,
-) -> float:
+) -> float | None:
     """Fraction of prompts whose greedy completion equals the answer, surrounding space apart.
 
     Args:
@@ -62,6 +62,9 @@ def exact_match(
         examples: those without an answer are left out.
         pad_id: padding token.
         max_new_tokens: longest completion.
+
+    Returns:
+        None where no example has an answer.
     """
     device = next(model.parameters()).device
     asked = [example for example in examples if example.answer is not None]
@@ -81,4 +84,4 @@ def exact_match(
         text = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
         hits += text.strip() == (example.answer or "").strip()
     model.train(training)
-    return hits / len(asked) if asked else 0.0
+    return hits / len(asked) if asked else None

@@ -46,7 +46,7 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
             spool.close()
     raise QuorumFailed(
         f"round {number} failed after {retries + 1} attempts: {shortage}; the run stands at "
-        f"round {state.round}. Bring clients back or lower federation.quorum, then: fedlora "
+        f"round {state.round}. Bring clients back, then: fedlora "
         f"resume {run.store.folder}"
     )
 

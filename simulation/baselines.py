@@ -32,7 +32,10 @@ def run_local(job: Job, loaded: Loaded, folder: Path, emit: Emit | None = None) 
     Returns:
         "mean" and "clients" (name -> scores on the global test data), "steps_per_client".
     """
-    single = _single(job, job.training.local_steps, every=job.federation.rounds)
+    chosen = job.federation.clients_per_round or len(loaded.data.clients)
+    # as many steps as a client does on average when not all are chosen every round
+    steps = max(1, round(job.training.local_steps * chosen / len(loaded.data.clients)))
+    single = _single(job, steps, every=job.federation.rounds)
     clients = {
         name: _last_scores(_run(single, loaded, {name: data}, folder / name, emit))
         for name, data in loaded.data.clients.items()
@@ -41,7 +44,7 @@ def run_local(job: Job, loaded: Loaded, folder: Path, emit: Emit | None = None) 
     return {
         "mean": {key: sum(s[key] for s in clients.values()) / len(clients) for key in sorted(keys)},
         "clients": {name: dict(scores) for name, scores in clients.items()},
-        "steps_per_client": job.federation.rounds * job.training.local_steps,
+        "steps_per_client": job.federation.rounds * steps,
     }
 
 

@@ -15,14 +15,15 @@ from fedlora.adapter import AdapterSpec, AdapterState, trained_shapes
 from fedlora.adapters import METHODS
 from fedlora.adapters.files import load_adapter
 from fedlora.adapters.inject import AdaptedModel, adapt
+from fedlora.adapters.targets import find_targets
 from fedlora.checkpoint import RunStore
 from fedlora.client.site import Site
 from fedlora.client.state import ClientState
-from fedlora.config.job import Job
+from fedlora.config.job import AdapterSection, Job
 from fedlora.config.load import dump_job
 from fedlora.data.example import Example
 from fedlora.data.federated import ClientData, FederatedData, load_federated
-from fedlora.errors import RunFolderError
+from fedlora.errors import ConfigError, RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.messages import ClientUpdate
 from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
@@ -57,6 +58,7 @@ def load(job: Job) -> Loaded:
     Raises:
         ConfigError, DataError, ModelError, AdapterError: bad input, all with exit code 2.
     """
+    _check_device(job.run.device)
     torch.set_num_threads(job.run.threads)
     processor = load_processor(job.model)
     data = load_federated(
@@ -75,9 +77,10 @@ def load(job: Job) -> Loaded:
         heads=None if job.adapter.heads == "auto" else job.adapter.heads,
         device=job.run.device,
     )
+    _check_length(job, base)
     section = job.adapter
     if section.start is not None:
-        adapted = _continued(base, Path(section.start), section.dropout)
+        adapted = _continued(base, section, data.labels)
     else:
         adapted = adapt(
             base.model,
@@ -94,10 +97,60 @@ def load(job: Job) -> Loaded:
     return Loaded(processor, data, base, adapted, adapted.state())
 
 
-def _continued(base: BaseModel, folder: Path, dropout: float) -> AdaptedModel:
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).splitlines()[0]
+        raise ConfigError(
+            f"run.device = {device!r} cannot be used here: {reason}; choose cpu, or a cuda device "
+            "that torch finds"
+        ) from e
+
+
+def _check_length(job: Job, base: BaseModel) -> None:
+    config = base.model.config
+    for name in ("max_position_embeddings", "n_positions"):
+        longest = getattr(config, name, None)
+        if isinstance(longest, int) and job.data.max_length > longest:
+            raise ConfigError(
+                f"data.max_length = {job.data.max_length} is more than the {longest} positions of "
+                f"the model; choose at most {longest}"
+            )
+
+
+def _continued(base: BaseModel, section: AdapterSection, labels: tuple[str, ...]) -> AdaptedModel:
+    assert section.start is not None
+    folder = Path(section.start)
     start = load_adapter(folder)
+    spec = start.spec
+    asked = (section.method, section.rank, section.alpha or spec.alpha)
+    if asked != (spec.method, spec.rank, spec.alpha):
+        raise ConfigError(
+            f"adapter.start = {str(folder)!r} holds a {spec.method} adapter of rank {spec.rank} "
+            f"and alpha {spec.alpha:g}, the job asks for {asked[0]}, {asked[1]} and {asked[2]:g}; "
+            f'set adapter.method = "{spec.method}", adapter.rank = {spec.rank} and '
+            f"adapter.alpha = {spec.alpha:g}"
+        )
+    if start.labels != labels:
+        raise ConfigError(
+            f"adapter.start = {str(folder)!r} was trained on the classes "
+            f"{', '.join(start.labels)}, the data have {', '.join(labels)}; the head needs the "
+            "same classes in the same order (data.labels)"
+        )
+    if spec.heads != base.heads:
+        raise ConfigError(
+            f"adapter.start = {str(folder)!r} has the heads {list(spec.heads)}, this job trains "
+            f"{list(base.heads)}; set adapter.heads to those of the adapter"
+        )
+    names = find_targets(base.model, section.targets, base.heads)
+    if sorted(names) != [layer.name for layer in spec.layers]:
+        raise ConfigError(
+            f"adapter.start = {str(folder)!r} adapts {len(spec.layers)} layers, adapter.targets "
+            f"matches {len(names)}; set adapter.targets to the layers of the adapter"
+        )
     adapted = AdaptedModel.from_spec(
-        base.model, start.spec, base.fingerprint, start.basis or None, dropout
+        base.model, start.spec, base.fingerprint, start.basis or None, section.dropout
     )
     adapted.load(start.tensors)
     return adapted
@@ -155,6 +208,7 @@ class Federation:
         """
         job, loaded = self.job, self.loaded
         test = loaded.data.test
+        self.hold(loaded.initial)
         with loaded.adapted.base_only():
             base_scores = self.scores(test)
         num_trained = sum(
@@ -269,13 +323,15 @@ class Federation:
             batch_size=job.evaluation.batch_size,
         )
         if job.evaluation.exact_match:
-            found["exact_match"] = exact_match(
+            matched = exact_match(
                 loaded.base.model,
                 loaded.processor.tokenizer,
                 examples,
                 pad_id=loaded.processor.pad_id,
                 max_new_tokens=job.evaluation.max_new_tokens,
             )
+            if matched is not None:
+                found["exact_match"] = matched
         # of a diverged model, figures that JSON cannot carry are left out
         return {key: value for key, value in found.items() if math.isfinite(value)}
 

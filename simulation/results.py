@@ -67,10 +67,11 @@ def finish(
         "baselines": {k: v.get("mean", v.get("final")) for k, v in summary["baselines"].items()},
         "seconds": {"finish": round(time.perf_counter() - started, 3)},
     }
+    write_report(folder)
+    # last, because it says that nothing is missing
     log = MetricsLog(folder / "metrics.jsonl")
     if not any(event["event"] == "end" for event in log.read()):
         log.append(end)
-    write_report(folder)
     return summary
 
 

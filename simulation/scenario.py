@@ -78,7 +78,12 @@ class Scenario:
         return float(draw) < self.section.dropout
 
     def virtual_seconds(self, client: str, steps: int) -> float:
-        """When the client's reply comes, counted from the start of the round."""
+        """When the client's reply comes, counted from the start of the round.
+
+        Zero without stragglers: then time has no part in the scenario.
+        """
+        if not self.section.stragglers:
+            return 0.0
         slower = self.section.slowdown if client in self._slow else 1.0
         return steps * self.section.step_s * slower
 

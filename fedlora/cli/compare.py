@@ -53,7 +53,11 @@ def run_compare(
     if problems:
         raise ConfigError(*problems)
     ours = (out / "runs").is_dir() or (out / "baselines").is_dir()
-    if out.exists() and any(out.iterdir()) and not ours:
+    if (
+        out.is_file()
+        or (out / "HEAD").exists()
+        or (out.exists() and any(out.iterdir()) and not ours)
+    ):
         raise RunFolderError(f"--out {out} holds something else; choose another folder")
     console = Console(stderr=as_json)
     try:
@@ -63,7 +67,7 @@ def run_compare(
             strategies=names,
             baselines=wanted,
             num_seeds=seeds,
-            announce=lambda text: console.print(text, highlight=False),
+            announce=lambda text: console.print(text, highlight=False, markup=False),
         )
     except KeyboardInterrupt:
         print("interrupted; give the same command again to go on", file=sys.stderr)
@@ -75,8 +79,8 @@ def run_compare(
     console.print(
         (out / "table.md").read_text("utf-8"), highlight=False, markup=False, soft_wrap=True
     )
-    console.print(f"report   {page}", highlight=False, soft_wrap=True)
+    console.print(f"report   {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

@@ -22,18 +22,26 @@ def run_evaluate(
     path: Path, model: str | None, data: Path | None, overrides: Sequence[str], *, as_json: bool
 ) -> None:
     """Measures base and adapter on a file or on the run's own test data."""
-    job_file = next(
-        (p / "job.toml" for p in (path, path.parent) if (p / "job.toml").is_file()), None
-    )
+    # only a run's own job tells its test data; one that merely lies beside an adapter does not
+    run = path.parent if path.name == "adapter" else path
+    job_file = run / "job.toml" if (run / "HEAD").is_file() else None
     if job_file is None and data is None:
-        raise ConfigError(f"{path} has no job.toml beside it, so no test data; give --data FILE")
-    extra = [f'data.test="{data}"'] if data is not None else []
-    job = load_job(job_file, [*overrides, *extra], KNOWN) if job_file else Job()
+        raise ConfigError(f"{path} is in no run folder, so it has no test data; give --data FILE")
+    split = [o for o in overrides if o.startswith(("data.", "partition.", "run.seed"))]
+    if split and data is None:
+        raise ConfigError(
+            f"override {split[0]!r} would divide the data anew, so that training rows could be "
+            "tested; give --data FILE"
+        )
+    job = load_job(job_file, overrides, KNOWN) if job_file else Job()
     torch.set_num_threads(job.run.threads)
     assembled = assemble(path, model, job.run.device)
     if job_file is None:
         task = f'model.task="{assembled.section.task}"'
-        job = load_job(None, [*overrides, *extra, task], KNOWN)
+        job = load_job(None, [*overrides, task], KNOWN)
+    if data is not None:
+        section = job.data.model_copy(update={"test": str(data)})
+        job = job.model_copy(update={"data": section})
     processor = assembled.processor
     examples = load_test(
         job.data,
@@ -46,7 +54,7 @@ def run_evaluate(
     )
 
     def scores() -> dict[str, float]:
-        found = evaluate(
+        found: dict[str, float] = evaluate(
             assembled.base.model,
             examples,
             task=assembled.section.task,
@@ -54,17 +62,22 @@ def run_evaluate(
             batch_size=job.evaluation.batch_size,
         )
         if job.evaluation.exact_match:
-            found["exact_match"] = exact_match(
+            matched = exact_match(
                 assembled.base.model,
                 processor.tokenizer,
                 examples,
                 pad_id=processor.pad_id,
                 max_new_tokens=job.evaluation.max_new_tokens,
             )
+            if matched is not None:
+                found["exact_match"] = matched
         return found
 
-    with assembled.adapted.base_only():
-        base = scores()
+    base: dict[str, float] = {}
+    if not assembled.adapter.spec.heads:
+        # with a trained head on it, the bare body would be neither base nor adapter
+        with assembled.adapted.base_only():
+            base = scores()
     result: dict[str, Any] = {"num_examples": len(examples), "base": base, "adapter": scores()}
     if as_json:
         typer.echo(json.dumps(result))

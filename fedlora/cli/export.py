@@ -26,7 +26,9 @@ def run_export(path: Path, out: Path, form: str, model: str | None) -> None:
         typer.echo(f"wrote {out}: the base model with the adapter in its weights (float32)")
         return
     base_name = assembled.section.name
-    if base_name.startswith("builtin:"):
-        base_name = str(export_base(assembled, out / "base"))
-    export_to_peft(assembled, out, base_name)
+    builtin = base_name.startswith("builtin:")
+    # the adapter first: a method that peft does not have is refused before anything is written
+    export_to_peft(assembled, out, str((out / "base").resolve()) if builtin else base_name)
+    if builtin:
+        export_base(assembled, out / "base")
     typer.echo(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")

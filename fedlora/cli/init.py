@@ -17,6 +17,8 @@ def run_init(path: Path) -> None:
     """
     if path.is_dir():
         path = path / "job.toml"
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path.parent} is not a folder; create it first")
     if path.exists():
         raise ConfigError(f"{path} exists; give another path or remove it")
     write_atomic(path, render_template().encode())

@@ -37,7 +37,7 @@ def _run(path: Path) -> dict[str, Any]:
     from fedlora.simulation.results import is_finished
 
     job = load_job(path / "job.toml")
-    store = RunStore.open(path, job.digest())
+    store = RunStore.open(path, job.digest(), locked=False)
     try:
         committed = store.load()
     finally:
@@ -59,7 +59,10 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    config = json.loads((path / "adapter_config.json").read_text("utf-8"))
+    try:
+        config = json.loads((path / "adapter_config.json").read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise AdapterError(f"{path}/adapter_config.json is not readable: {e}") from e
     if isinstance(config, dict) and "peft_type" in config:
         return {"kind": "adapter in PEFT format", **_summary(config), **_weights(path)}
     from fedlora.adapters.files import load_adapter

@@ -115,6 +115,7 @@ class LiveView:
         self.console.print(
             f"adapter  {self.folder / 'adapter'}\nreport   {self.folder / 'report.html'}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 

@@ -26,7 +26,24 @@ def read_job(path: Path | None, overrides: Sequence[str]) -> Job:
     """The job file, or the quickstart, with overrides applied and names checked."""
     if path is None:
         path = Path(str(files("fedlora.config") / "quickstart.toml"))
-    return load_job(path, overrides, KNOWN)
+    return _absolute(load_job(path, overrides, KNOWN))
+
+
+def _absolute(job: Job) -> Job:
+    """The job with absolute paths, so that its run can be resumed from anywhere."""
+
+    def whole(name: str | None) -> str | None:
+        return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+    return job.model_copy(
+        update={
+            "model": job.model.model_copy(update={"name": whole(job.model.name)}),
+            "data": job.data.model_copy(
+                update={"source": whole(job.data.source), "test": whole(job.data.test)}
+            ),
+            "adapter": job.adapter.model_copy(update={"start": whole(job.adapter.start)}),
+        }
+    )
 
 
 def run_simulate(

@@ -84,7 +84,7 @@ class DataSection(Section):
 class PartitionSection(Section):
     """How one source is divided among clients (by flwr-datasets, except "folders")."""
 
-    kind: Literal["iid", "dirichlet", "shards", "pathological", "natural", "folders"] = "natural"
+    kind: Literal["iid", "dirichlet", "shards", "pathological", "natural", "folders"] = "iid"
     """iid; dirichlet skew over `column`; shards of rows sorted by `column`; a fixed number
     of classes per client; one client per value of `column`; or one sub-folder per client."""
     clients: Annotated[int, Field(ge=0)] = 4
@@ -110,7 +110,7 @@ class AdapterSection(Section):
     """Rank r (block size b for bone)."""
     alpha: Annotated[float, Field(gt=0.0)] | None = None
     """Numerator of the scale alpha / r; by default 2 * rank (rank for pissa)."""
-    targets: list[str] | Literal["all-linear"] = "all-linear"
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names, name endings or regular expressions of the linear layers to adapt.
     "all-linear" is every linear layer but heads and embeddings."""
     heads: list[str] | Literal["auto"] = "auto"
@@ -134,7 +134,7 @@ class TrainingSection(Section):
     """Micro-batches per optimiser step; the loss is weighted by tokens over all of them."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimiser of the adapter and the heads."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0.0, le=3.4e38)] = 2e-3
     """Peak learning rate."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay (L2 for sgd)."""
@@ -240,7 +240,7 @@ class RunSection(Section):
     """Derives every random stream by name."""
     engine: Literal["local"] = "local"
     """local: all clients in this process."""
-    threads: Positive = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of torch. Sums depend on it, so it belongs to the job."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""

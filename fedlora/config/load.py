@@ -109,7 +109,7 @@ def _unknown_name(tree: dict[str, Any], key: str, names: Collection[str]) -> lis
     section, field = key.split(".")
     table = tree.get(section)
     name = table.get(field) if isinstance(table, dict) else None
-    if not isinstance(name, str) or name in names or ":" in name:
+    if not isinstance(name, str) or name in names or (key == "federation.strategy" and ":" in name):
         return []
     return [f'{key} = "{name}" is not known{near_miss(name, names)}; known: {", ".join(names)}']
 

@@ -1,8 +1,13 @@
 """Exports that need the base model: a merged model, and an adapter beside its base."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fedlora.adapters.export import export_peft
+from fedlora.errors import StorageError
 from fedlora.models.assemble import Assembled
 from fedlora.models.loading import load_base, quiet
 from fedlora.storage import storage_errors
@@ -18,7 +23,7 @@ def export_merged(assembled: Assembled, folder: Path) -> None:
     """
     # the sum is formed in float32, so that a bf16 base does not round the change away
     assembled.base.model.float()
-    with assembled.adapted.merged(), quiet(), storage_errors(folder):
+    with assembled.adapted.merged(), quiet(), _write_errors(folder):
         model = assembled.adapted.detach()
         model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     _save_processor(assembled, folder)
@@ -37,7 +42,7 @@ def export_base(assembled: Assembled, folder: Path) -> Path:
         seed=assembled.adapter.spec.seed,
         heads=assembled.adapter.spec.heads,
     )
-    with quiet(), storage_errors(folder):
+    with quiet(), _write_errors(folder):
         plain.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     _save_processor(assembled, folder)
     return folder.resolve()
@@ -60,6 +65,15 @@ def export_to_peft(assembled: Assembled, folder: Path, base_name: str) -> None:
         task_type=PEFT_TASKS.get(adapter.task),
         conv1d=any(layer.transposed for layer in assembled.adapted.layers.values()),
     )
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    try:
+        with storage_errors(folder):
+            yield
+    except SafetensorError as e:
+        raise StorageError(f"{folder} cannot be written: {e}; free some space") from e
 
 
 def _save_processor(assembled: Assembled, folder: Path) -> None:

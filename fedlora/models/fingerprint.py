@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module, heads: Collection[str] = ()) -> str:
         values = {
             key: value
             for key, value in config.to_diff_dict().items()
-            if key not in _VOLATILE and "dropout" not in key and not key.endswith("_pdrop")
+            if key not in _VOLATILE and "drop" not in key
         }
         sha.update(json.dumps(values, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -13,7 +13,7 @@ from torch import nn
 from fedlora.config.job import ModelSection
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models.fingerprint import fingerprint
-from fedlora.seeds import derive_seed
+from fedlora.seeds import derive_seed, generator
 
 BUILTIN = {"builtin:tiny-llama": Path(__file__).parent / "tiny_llama"}
 
@@ -104,12 +104,18 @@ def load_base(
         "image-classification": transformers.AutoModelForImageClassification,
     }[section.task]
     options: dict[str, Any] = {}
+    own_labels: list[str] = []
     if section.task != "causal-lm":
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: i for i, label in enumerate(labels)}
         options["ignore_mismatched_sizes"] = True
     with quiet(), _model_errors(section), torch.random.fork_rng(devices=[]):
+        if section.task != "causal-lm":
+            config = transformers.AutoConfig.from_pretrained(
+                _source(section), revision=section.revision
+            )
+            own_labels = [config.id2label[i] for i in sorted(config.id2label)]
         torch.manual_seed(derive_seed(seed, "model"))
         model, info = auto.from_pretrained(
             _source(section),
@@ -138,7 +144,13 @@ def load_base(
                 f"are {', '.join(name for name, _ in model.named_children())}"
             )
         # trained in full, so it keeps float32 precision on a bf16 base too
-        model.get_submodule(head).float().register_forward_pre_hook(_widen)
+        modules[head].float().register_forward_pre_hook(_widen)
+        if "." in head:
+            # inside the body, it is followed by layers in the body's own number format
+            narrow = getattr(torch, section.dtype)
+            modules[head].register_forward_hook(lambda m, x, y, dtype=narrow: y.to(dtype))
+    if section.task != "causal-lm" and own_labels != list(labels):
+        _redraw(model, seed)
     model.requires_grad_(False)
     model.eval()
     model.to(device)
@@ -162,6 +174,25 @@ def find_heads(model: nn.Module, task: str, lacking: Collection[str]) -> tuple[s
     }
     heads |= {key.rpartition(".")[0] for key in lacking}
     return tuple(sorted(h for h in heads if not any(h.startswith(f"{other}.") for other in heads)))
+
+
+def _redraw(model: nn.Module, seed: int) -> None:
+    """Draws the classification head anew: the checkpoint's own is for other classes.
+
+    Kept under new names, it would start with classes swapped.
+    """
+    body = getattr(model, "base_model_prefix", "")
+    for child, module in model.named_children():
+        if child == body:
+            continue
+        for name, parameter in module.named_parameters():
+            stream = generator(seed, "head", child, name)
+            draws = torch.randn(parameter.shape, generator=stream) * 0.02
+            with torch.no_grad():
+                if parameter.dim() > 1:
+                    parameter.copy_(draws)
+                elif name.endswith("bias"):
+                    parameter.zero_()
 
 
 def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -229,9 +260,10 @@ def _silence_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
+            # dropout, drop_path, drop_prob, layerdrop: all draw from that generator
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     config = getattr(model, "config", None)
     for name, value in list(vars(config).items()) if config is not None else ():
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+        if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)

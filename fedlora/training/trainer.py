@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedlora.adapters.inject import AdaptedModel
 from fedlora.config.job import TrainingSection
@@ -96,6 +97,10 @@ def train(
     batches = loader(examples, order, pad_id, settings.num_workers)
     loss, count = 0.0, 0
     model.train()
+    for module in model.modules():
+        # a norm over the batch would otherwise change the frozen base
+        if isinstance(module, _BatchNorm):
+            module.eval()
     if settings.gradient_checkpointing:
         _checkpointing(adapted, on=True)
     try:

@@ -193,7 +193,7 @@ JOBS = st.fixed_dictionaries(
             optional={
                 "rank": NUMBERS,
                 "alpha": FLOATS,
-                "targets": st.just("all-linear") | st.lists(st.text(max_size=4)),
+                "targets": st.just("all-linear") | st.lists(st.text(max_size=4), min_size=1),
                 "options": st.dictionaries(st.text(max_size=4), NUMBERS | FLOATS | st.booleans()),
             },
         ),
@@ -253,6 +253,7 @@ def test_no_value_can_only_be_said_by_leaving_it_out():
 
 
 def test_no_number_of_clients_is_only_for_data_that_decide_it():
-    assert parse_job({}, ["partition.clients=0"]).partition.clients == 0
+    overrides = ["partition.clients=0", "partition.kind=natural"]
+    assert parse_job({}, overrides).partition.clients == 0
     (found,) = problems({"partition": {"clients": 0, "kind": "iid"}})
     assert found == 'partition.clients = 0; partition.kind = "iid" needs a number'

@@ -20,10 +20,10 @@ torch.set_num_threads(1)
 IN_PEFT = set(METHODS) - {"bone-row"}
 
 
-def job(folder, data, **sections):
+def job(folder, rows, **sections):
     tree = {
         "model": {"name": str(folder)},
-        "data": {"source": str(data), "max_length": 32},
+        "data": {"source": str(rows), "max_length": 32},
         "partition": {"kind": "iid", "clients": 3},
         "adapter": {"rank": 4},
         "training": {"local_steps": 4, "batch_size": 8, "learning_rate": 1e-2},
