@@ -63,6 +63,10 @@ def table(tmp_path):
         ("scenario.ranks=[2, 4]", ("scenario.ranks", "adapter.rank = 2")),
         ("scenario.ranks=[1, 2]", ("needs equal ranks", "ffa-lora")),
         ("privacy.epsilon=8", ("privacy is not supported",)),
+        ("adapter.method=a:b", ('"a:b" is not known',)),
+        ("adapter.targets=[]", ("adapter.targets", "at least 1")),
+        ("run.device=meta", ("run.device = 'meta'",)),
+        ("data.max_length=513", ("512 positions",)),
         ("federation.strategy=mine.py:Mine", ("mine.py", "does not exist")),
     ],
 )
@@ -223,3 +227,40 @@ def test_unknown_words_on_the_command_line(cli, job):
         "fedti",
         "'x' is not known",
     )
+
+
+def test_a_comparison_does_not_go_into_a_run_folder(cli, job, finished):
+    refused(cli("compare", job, "--out", finished, "--strategies", "fedit"), "something else")
+
+
+def test_evaluate_does_not_divide_the_data_anew(cli, finished):
+    """Rows that were trained on could end up in the test."""
+    refused(cli("evaluate", finished, "-o", "data.max_rows=30"), "divide the data anew")
+
+
+def test_inspect_reads_a_run_in_use_and_refuses_what_is_broken(cli, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    store = RunStore.open(run, load_job(run / "job.toml").digest())
+    assert cli("inspect", run).code == 0
+    store.close()
+    (run / "adapter" / "adapter_config.json").write_bytes(b"\xff{")
+    refused(cli("inspect", run / "adapter"), "not readable")
+
+
+def test_a_folder_name_is_no_markup(cli, job, tmp_path):
+    done = cli("simulate", job, "--out", tmp_path / "br[/b]", "-o", "federation.rounds=1")
+    assert done.code == 0, done
+    assert "br[/b]" in done.out
+
+
+def test_a_report_that_was_not_written_is_written_by_resume(cli, job, tmp_path, monkeypatch):
+    from fedlora.report import run_page
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_page, "write_report", interrupted)
+        assert cli("simulate", job, "--out", tmp_path / "run").code == 130
+    assert cli("resume", tmp_path / "run").code == 0
+    assert (tmp_path / "run" / "report.html").is_file()
