@@ -12,7 +12,7 @@ from fedlora.server.interrupt import shielded
 
 def test_ctrl_c_keeps_the_committed_rounds_and_says_how_to_go_on(job, tmp_path):
     run = tmp_path / "run"
-    words = ["simulate", str(job), "--out", str(run), "-o", "federation.rounds=200"]
+    words = ["simulate", str(job), "--out", str(run), "-o", "federation.rounds=1000000"]
     child = subprocess.Popen(
         [sys.executable, "-m", "fedlora.cli", *words],
         stdout=subprocess.PIPE,
@@ -23,7 +23,7 @@ def test_ctrl_c_keeps_the_committed_rounds_and_says_how_to_go_on(job, tmp_path):
     while not child.stdout.readline().startswith("round 2/"):
         assert child.poll() is None
     os.kill(child.pid, signal.SIGINT)
-    _, err = child.communicate()
+    _, err = child.communicate(timeout=120)
     assert child.returncode == 130
     assert f"fedlora resume {run}" in err
     assert "Traceback" not in err

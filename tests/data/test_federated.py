@@ -36,7 +36,9 @@ def labelled(write):
 
 
 def test_builtin_clients_are_areas(tokenizer):
-    loaded = load("builtin:stdlib", PartitionSection(clients=2), tokenizer=tokenizer)
+    loaded = load(
+        "builtin:stdlib", PartitionSection(kind="natural", clients=2), tokenizer=tokenizer
+    )
     assert list(loaded.clients) == ["asyncio", "email"]
     for name, client in loaded.clients.items():
         assert client.name == name
@@ -179,7 +181,7 @@ def test_max_validation_counts_examples(write, tokenizer):
 
 def test_small_clients_keep_a_row_to_train_on(write, tokenizer):
     rows = [["text", "label", "site"], ["a", "x", "one"], ["b", "x", "two"], ["c", "x", "two"]]
-    partition = PartitionSection(column="site")
+    partition = PartitionSection(kind="natural", column="site")
     loaded = load(write("train.csv", rows), partition, CLASSIFY, tokenizer=tokenizer)
     sizes = {n: (len(c.train), len(c.validation)) for n, c in loaded.clients.items()}
     assert sizes == {"one": (1, 0), "two": (1, 1)}
@@ -189,7 +191,10 @@ def test_a_client_without_training_examples_is_named(write, tokenizer):
     rows = [["text", "label", "site"], *[["a", "x", "one"]] * 4, *[["", "x", "two"]] * 4]
     with pytest.raises(DataError, match=r'client "two" has no training example: 4 rows, 1 of them'):
         load(
-            write("train.csv", rows), PartitionSection(column="site"), CLASSIFY, tokenizer=tokenizer
+            write("train.csv", rows),
+            PartitionSection(kind="natural", column="site"),
+            CLASSIFY,
+            tokenizer=tokenizer,
         )
 
 
