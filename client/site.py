@@ -1,19 +1,26 @@
 """Site: one client's part of a round, from the broadcast's bytes to its update."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
-from fedlora.adapter import AdapterSpec, AdapterState, tensors_digest, trained_shapes, with_rank
+import torch
+from torch import Tensor
+
+from fedlora.adapter import AdapterSpec, AdapterState, Tensors, trained_shapes, with_rank
+from fedlora.adapters import METHODS
 from fedlora.adapters.inject import AdaptedModel
+from fedlora.adapters.slots import pack
+from fedlora.client.receiving import Fetch, receive
+from fedlora.client.slot_choice import choose_slots, slot_freeze
 from fedlora.client.state import ClientState
 from fedlora.config.job import TrainingSection
 from fedlora.data.federated import ClientData
 from fedlora.errors import AdapterError
-from fedlora.messages import Broadcast, ClientUpdate
-from fedlora.training.trainer import LocalWork, train
-from fedlora.wire import decode_broadcast, decode_part
-
-Fetch = Callable[[str], bytes]
+from fedlora.messages import HEADS, ClientUpdate, RoundPlan, Start
+from fedlora.training.terms import Correction, ProductProximal, Proximal, TailPenalty, Term
+from fedlora.training.trainer import LocalResult, LocalWork, train
+from fedlora.wire import decode_broadcast
 
 
 class Site:
@@ -30,7 +37,7 @@ class Site:
         pad_id: padding token.
         seed: the run's seed.
         rounds: rounds of the run, for the learning-rate schedule.
-        state: where optimiser moments live between rounds.
+        state: where moments, kept tensors and control variates live between rounds.
     """
 
     def __init__(
@@ -73,36 +80,32 @@ class Site:
         plan = broadcast.plan
         if plan.client != self.name:
             raise AdapterError(f"the plan is for client {plan.client!r}, this is {self.name!r}")
-        spec = with_rank(self.spec, plan.rank) if plan.rank != self.spec.rank else self.spec
-        start = self._receive(broadcast, spec, fetch)
+        spec = with_rank(self.spec, plan.rank)
+        method = METHODS[spec.method]
+        memory = self.state.before(plan.round)
+        start = receive(broadcast, self.spec, spec, method, _group(memory, "kept"), fetch)
+        held = start.adapter.tensors
         self.adapted.rerank(spec)
-        self.adapted.load(start.tensors)
-        keep = plan.optimizer_state == "keep"
-        result = train(
-            self.adapted,
-            self.data.train,
-            LocalWork(
-                factors=plan.factors,
-                steps=plan.local_steps,
-                first_step=(plan.round - 1) * plan.local_steps,
-                total_steps=self.rounds * plan.local_steps,
-                seed=self.seed,
-                client=self.name,
-                round=plan.round,
-            ),
-            self.training,
-            task=self.task,
-            pad_id=self.pad_id,
-            moments=self.state.before(plan.round) if keep else None,
-        )
-        if keep:
-            self.state.save(plan.round, result.moments)
+        self.adapted.load(held)
+        self.adapted.fold(start.fold.values())
+        sent = self._sent(plan, spec)
+        terms, own_control = self._terms(plan, start, sent, _group(memory, "control"))
+        masks: tuple[int, ...] | None = None
+        trial = 0
+        if plan.slots:
+            masks, trial = self._choose_slots(plan, start)
+            terms.append(slot_freeze(spec, plan.factors, masks, held))
+        moments = _group(memory, "moments") if plan.optimizer_state == "keep" else None
+        result = self._train(plan, terms, plan.local_steps, "data", moments)
         trained = self.adapted.state().tensors
-        sent = trained_shapes(spec, self.adapted.method, plan.factors)
-        delta = AdapterState(spec, {k: trained[k] for k in sent}) - AdapterState(
-            spec, {k: start.tensors[k] for k in sent}
-        )
+        delta = {name: trained[name] - held[name] for name in sent}
+        control = self._new_control(plan, start, delta, own_control, result.rate_sum)
+        self._remember(plan, spec, trained, result.moments, control)
+        if masks is not None:
+            delta = pack(delta, spec, plan.sent, masks)
         metrics = {"num_tokens": float(result.count)}
+        if trial:
+            metrics["trial_steps"] = float(trial)
         if result.loss is not None:
             metrics["train_loss"] = result.loss
         return ClientUpdate(
@@ -111,38 +114,115 @@ class Site:
             attempt=plan.attempt,
             client=self.name,
             start_sha256=broadcast.start_sha256,
-            delta=delta,
+            delta=AdapterState(spec, delta),
             num_examples=len(self.data.train),
             metrics=metrics,
+            control={name: control[name] - own_control[name] for name in control},
+            slots=masks,
         )
 
-    def _receive(self, broadcast: Broadcast, spec: AdapterSpec, fetch: Fetch) -> AdapterState:
-        if broadcast.spec_digest != spec.digest():
-            raise AdapterError(
-                f"the server's adapter spec is {broadcast.spec_digest[:12]}, this client's is "
-                f"{spec.digest()[:12]}; both must hold the same base model, method, rank, "
-                "targets and basis"
+    def _train(
+        self,
+        plan: RoundPlan,
+        terms: Sequence[Term],
+        steps: int,
+        stream: str,
+        moments: Tensors | None = None,
+    ) -> LocalResult:
+        return train(
+            self.adapted,
+            self.data.train,
+            LocalWork(
+                factors=plan.factors,
+                steps=steps,
+                first_step=(plan.round - 1) * plan.local_steps,
+                total_steps=self.rounds * plan.local_steps,
+                seed=self.seed,
+                client=self.name,
+                round=plan.round,
+                stream=stream,
+                rates=plan.rates,
+                terms=terms,
+            ),
+            self.training,
+            task=self.task,
+            pad_id=self.pad_id,
+            moments=moments,
+        )
+
+    def _sent(self, plan: RoundPlan, spec: AdapterSpec) -> list[str]:
+        heads = {} if HEADS in plan.kept else spec.head_shapes
+        shapes = trained_shapes(replace(spec, head_shapes=heads), self.adapted.method, plan.sent)
+        return list(shapes)
+
+    def _terms(
+        self, plan: RoundPlan, start: Start, sent: Sequence[str], own: Tensors
+    ) -> tuple[list[Term], dict[str, Tensor]]:
+        """The plan's terms, and the client's own control variates (zero at first)."""
+        held, layers = start.adapter.tensors, start.adapter.spec.layers
+        terms: list[Term] = []
+        if plan.proximal and plan.proximal_product:
+            terms.append(ProductProximal(plan.proximal, held, layers))
+        elif plan.proximal:
+            terms.append(Proximal(plan.proximal, held))
+        if plan.tail_weight:
+            terms.append(TailPenalty(plan.tail_weight, plan.tail_slot, layers))
+        control: dict[str, Tensor] = {}
+        if plan.control:
+            control = {
+                name: own[name] if name in own else torch.zeros_like(start.control[name])
+                for name in sent
+            }
+            terms.append(Correction({n: start.control[n] - control[n] for n in sent}))
+        return terms, control
+
+    def _new_control(
+        self,
+        plan: RoundPlan,
+        start: Start,
+        delta: Tensors,
+        own: Tensors,
+        rate_sum: float,
+    ) -> dict[str, Tensor]:
+        """c_i - c + (start - trained) / sum of rates: option II of SCAFFOLD's algorithm 1."""
+        if not plan.control or not rate_sum:
+            return dict(own)
+        return {n: own[n] - start.control[n] - delta[n] / rate_sum for n in own}
+
+    def _choose_slots(self, plan: RoundPlan, start: Start) -> tuple[tuple[int, ...], int]:
+        """The slots to train, from a trial whose result is thrown away; and its steps."""
+        steps = plan.trial_steps or math.ceil(
+            len(self.data.train) / (self.training.batch_size * self.training.accumulation)
+        )
+        self._train(plan, (), steps, "trial")
+        spec, held = start.adapter.spec, start.adapter.tensors
+        masks = choose_slots(spec, plan.factors, held, self.adapted.state().tensors, plan.slots)
+        self.adapted.load(held)
+        return masks, steps
+
+    def _remember(
+        self,
+        plan: RoundPlan,
+        spec: AdapterSpec,
+        trained: Tensors,
+        moments: Tensors,
+        control: Tensors,
+    ) -> None:
+        memory = {f"control.{name}": value for name, value in control.items()}
+        if plan.optimizer_state == "keep":
+            memory.update({f"moments.{name}": value for name, value in moments.items()})
+        for name in plan.kept:
+            own = (
+                spec.head_shapes
+                if name == HEADS
+                else trained_shapes(replace(spec, head_shapes={}), self.adapted.method, [name])
             )
-        method = self.adapted.method
-        layers = spec.layers
-        tensors = {}
-        for part, digest in broadcast.parts.items():
-            if part == "basis":
-                basis = decode_part(fetch(digest), digest, method.basis_shapes(self.spec.layers))
-                if tensors_digest(basis) != spec.basis_digest:
-                    raise AdapterError(
-                        "the frozen basis that the server sent is not the one its spec names"
-                    )
-                continue
-            if part == "heads":
-                shapes = dict(spec.head_shapes)
-            else:
-                factor = part.removeprefix("factor.")
-                shapes = trained_shapes(replace(spec, head_shapes={}), method, [factor])
-                if not layers or not shapes:
-                    raise AdapterError(f"the broadcast has an unknown part {part[:64]!r}")
-            tensors.update(decode_part(fetch(digest), digest, shapes))
-        missing = trained_shapes(spec, method).keys() - tensors.keys()
-        if missing:
-            raise AdapterError(f"the broadcast lacks {', '.join(sorted(missing)[:3])}")
-        return AdapterState(spec, tensors)
+            memory.update({f"kept.{n}": trained[n] for n in own})
+        if memory:
+            self.state.save(plan.round, memory)
+
+
+def _group(memory: Tensors, name: str) -> dict[str, Tensor]:
+    """The tensors of one group of what the client remembers."""
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in memory.items() if k.startswith(prefix)}

@@ -10,7 +10,7 @@ from fedlora.wire import decode_own, encode_tensors
 
 
 class ClientState:
-    """Optimiser moments by round.
+    """Named tensors by round: moments, kept factors, control variates.
 
     The newest state older than the current round is used, so that a round that is done
     again after a crash starts from what it started from the first time.
@@ -20,7 +20,7 @@ class ClientState:
         self.folder = folder
 
     def before(self, number: int) -> dict[str, Tensor]:
-        """The moments left by the client's last round before `number`; empty if none."""
+        """What the client's last round before `number` left; empty if none."""
         older = [n for n in self._rounds() if n < number]
         return decode_own(self._path(max(older)).read_bytes()) if older else {}
 

@@ -170,11 +170,13 @@ class MethodTraits(Protocol):
             the factors averages the change exactly.
         bilinear_factors: (zero-initialised factor, other factor) when the change is linear
             in each of the two; None otherwise.
+        product: the change is s B A with B (d, r), A (r, k), and nothing else.
     """
 
     name: str
     affine: bool
     bilinear_factors: tuple[str, str] | None
+    product: bool
 
     def factor_shapes(self, layer: LayerSpec) -> dict[str, tuple[int, ...]]:
         """Shape of every trained factor of `layer`."""
@@ -184,6 +186,10 @@ class MethodTraits(Protocol):
         self, factor: str, tensor: torch.Tensor, old: LayerSpec, new: LayerSpec
     ) -> torch.Tensor:
         """`factor` of a layer of rank `old.rank`, embedded in or cut to `new.rank`."""
+        ...
+
+    def fresh(self, layer: LayerSpec, seed: int) -> dict[str, torch.Tensor]:
+        """The factors of a new adapter, float32, drawn from the seed alone."""
         ...
 
 
@@ -213,5 +219,7 @@ def with_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
 
     Scales stay those of the whole adapter.
     """
+    if rank == spec.rank:
+        return spec
     layers = tuple(dataclasses.replace(layer, rank=min(rank, layer.rank)) for layer in spec.layers)
     return dataclasses.replace(spec, rank=rank, layers=layers)

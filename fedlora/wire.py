@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, get_args
 
 import numpy as np
@@ -23,11 +24,12 @@ import torch
 
 from fedlora.adapter import AdapterSpec, Tensors
 from fedlora.errors import AdapterError
-from fedlora.messages import Broadcast, ClientUpdate, OptimizerState, RoundPlan
+from fedlora.messages import CONTROL, Broadcast, ClientUpdate, OptimizerState, RoundPlan
 
 MAX_MANIFEST_BYTES = 64 * 1024
 MAX_TENSORS = 4096
 NAME = re.compile(r"[A-Za-z0-9._\-]{1,256}")
+MASK = re.compile(r"[0-9a-f]{1,1024}")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -178,6 +180,12 @@ def decode_tensors(
     """
     if len(shapes) > MAX_TENSORS:
         raise AdapterError(f"{len(shapes)} tensors expected; the limit is {MAX_TENSORS}")
+    return _decode(data, shapes, dtypes)
+
+
+def _decode(
+    data: bytes, shapes: Shapes, dtypes: Mapping[str, torch.dtype] | torch.dtype
+) -> dict[str, torch.Tensor]:
     form = layout(shapes, dtypes)
     if len(data) != form.total:
         raise AdapterError(f"payload has {len(data)} bytes; expected {form.total}")
@@ -210,7 +218,18 @@ PLAN_FIELDS: dict[str, type | tuple[type, ...]] = {
     "rank": int,
     "local_steps": int,
     "optimizer_state": str,
+    "kept": list,
+    "fresh": (int, NoneType),
+    "rates": dict,
+    "proximal": (int, float),
+    "proximal_product": bool,
+    "control": bool,
+    "tail_slot": int,
+    "tail_weight": (int, float),
+    "slots": int,
+    "trial_steps": int,
 }
+MAX_FOLD_VERSIONS = 1024
 
 
 def encode_broadcast(broadcast: Broadcast) -> bytes:
@@ -219,6 +238,7 @@ def encode_broadcast(broadcast: Broadcast) -> bytes:
         "plan": vars(broadcast.plan),
         "spec_digest": broadcast.spec_digest,
         "parts": dict(broadcast.parts),
+        "fold_ranks": dict(broadcast.fold_ranks),
     }
     return encode_json(value)
 
@@ -229,20 +249,31 @@ def decode_broadcast(manifest: bytes) -> Broadcast:
     Raises:
         AdapterError: not readable, or other fields than expected.
     """
-    fields = _object(manifest, {"plan": dict, "spec_digest": str, "parts": dict})
-    plan, parts = fields["plan"], fields["parts"]
+    fields = _object(
+        manifest, {"plan": dict, "spec_digest": str, "parts": dict, "fold_ranks": dict}
+    )
+    plan, parts, folds = fields["plan"], fields["parts"], fields["fold_ranks"]
     _check_types(plan, PLAN_FIELDS)
+    texts = [*plan["factors"], *plan["kept"], *parts.values()]
+    numbers = [*plan["rates"].values(), plan["proximal"], plan["tail_weight"]]
+    counts = [plan["local_steps"], plan["tail_slot"], plan["slots"], plan["trial_steps"]]
     if (
         plan["round"] < 1
         or plan["attempt"] < 0
         or plan["rank"] < 1
-        or plan["local_steps"] < 0
+        or min(counts) < 0
         or plan["optimizer_state"] not in get_args(OptimizerState)
-        or not all(isinstance(text, str) for text in [*plan["factors"], *parts.values()])
+        or not all(isinstance(text, str) for text in texts)
+        or not all(type(n) in (int, float) and 0 <= n < 1e30 for n in numbers)
+        or len(folds) > MAX_FOLD_VERSIONS
+        or not all(isinstance(ranks, list) for ranks in folds.values())
+        or not all(type(n) is int and n >= 0 for ranks in folds.values() for n in ranks)
     ):
         raise AdapterError("round plan is not readable: a value is out of its bounds")
-    plan = RoundPlan(**{**plan, "factors": tuple(plan["factors"])})
-    return Broadcast(plan, fields["spec_digest"], parts)
+    plan = RoundPlan(**{**plan, "factors": tuple(plan["factors"]), "kept": tuple(plan["kept"])})
+    return Broadcast(
+        plan, fields["spec_digest"], parts, {k: tuple(ranks) for k, ranks in folds.items()}
+    )
 
 
 def decode_part(data: bytes, digest: str, shapes: Shapes) -> dict[str, torch.Tensor]:
@@ -270,6 +301,7 @@ UPDATE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "sha256": str,
     "num_examples": (int, float),
     "metrics": dict,
+    "slots": (list, NoneType),
 }
 
 
@@ -287,7 +319,8 @@ def _spec_digest(spec: AdapterSpec) -> str:
 
 def encode_update(update: ClientUpdate) -> tuple[bytes, bytes]:
     """(manifest, payload) of a client's update."""
-    payload = encode_tensors(update.delta.tensors)
+    control = {f"{CONTROL}{name}": tensor for name, tensor in update.control.items()}
+    payload = encode_tensors({**update.delta.tensors, **control})
     value = {
         "run": update.run,
         "round": update.round,
@@ -300,6 +333,7 @@ def encode_update(update: ClientUpdate) -> tuple[bytes, bytes]:
         "sha256": sha256(payload),
         "num_examples": update.num_examples,
         "metrics": dict(update.metrics),
+        "slots": None if update.slots is None else [f"{mask:x}" for mask in update.slots],
     }
     return encode_json(value), payload
 
@@ -316,6 +350,11 @@ def decode_update_manifest(manifest: bytes) -> dict[str, Any]:
             raise AdapterError(f"metrics.{key[:40]!r} is not a plain number")
         if not math.isfinite(value):
             raise AdapterError(f"metrics.{key} is not finite")
+    if fields["slots"] is not None:
+        masks = fields["slots"]
+        if not all(isinstance(m, str) and MASK.fullmatch(m) for m in masks):
+            raise AdapterError("slots is not a list of hexadecimal bit masks")
+        fields["slots"] = tuple(int(mask, 16) for mask in masks)
     return fields
 
 
@@ -342,7 +381,8 @@ def _check_types(value: dict[str, Any], types: Mapping[str, type | tuple[type, .
         found = str(sorted(value))
         raise AdapterError(f"manifest has fields {found[:300]}; expected {sorted(types)}")
     for key, kind in types.items():
-        if isinstance(value[key], bool) or not isinstance(value[key], kind):
+        is_bool = isinstance(value[key], bool)
+        if is_bool != (kind is bool) or not isinstance(value[key], kind):
             raise AdapterError(f"manifest field {key} is a {type(value[key]).__name__}")
 
 
@@ -390,7 +430,7 @@ def decode_own(data: bytes) -> dict[str, torch.Tensor]:
             raise ValueError("a shape does not consist of lengths")
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         dtypes = {name: _BY_CODE[entry["dtype"]] for name, entry in entries.items()}
-        return decode_tensors(data, shapes, dtypes)
+        return _decode(data, shapes, dtypes)
     # a length beyond 64 bits fails at any use
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
         raise AdapterError(f"not a safetensors file of fedlora: {e}") from e

@@ -11,14 +11,21 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.adapter import AdapterSpec, AdapterState
+from fedlora.adapters.slots import packed_shapes, unpack
 from fedlora.errors import AdapterError, UpdateRejected
-from fedlora.messages import ClientUpdate
+from fedlora.messages import CONTROL, ClientUpdate
 from fedlora.wire import Shapes, decode_tensors, decode_update_manifest, layout, sha256
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What one client's reply in one round must be."""
+    """What one client's reply in one round must be.
+
+    Attributes:
+        shapes: of every tensor at full rank, control variates included.
+        slots: most rank slots the reply may hold; 0 when all must be there.
+        factors: factors that are sent.
+    """
 
     run: str
     round: int
@@ -30,6 +37,8 @@ class Expectation:
     spec_digest: str
     shapes: Shapes
     size_bytes: int
+    slots: int = 0
+    factors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,19 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
 
     Raises:
         UpdateRejected: with one of the codes MANIFEST, CLIENT, STALE, SPEC, SIZE, DIGEST,
-            HEADER, NOT_FINITE, NORM, WEIGHT.
+            SLOTS, HEADER, NOT_FINITE, NORM, WEIGHT.
     """
     client = expected.client
 
     def reject(code: str, detail: str) -> UpdateRejected:
         return UpdateRejected(client, code, detail)
 
-    if len(payload) != expected.size_bytes:
+    fits = (
+        len(payload) <= expected.size_bytes
+        if expected.slots
+        else (len(payload) == expected.size_bytes)
+    )
+    if not fits:
         raise reject("SIZE", f"payload has {len(payload)} bytes; expected {expected.size_bytes}")
     try:
         fields = decode_update_manifest(manifest)
@@ -82,8 +96,16 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
         raise reject("SPEC", "the client trained another adapter (method, rank, layers or basis)")
     if fields["size_bytes"] != len(payload) or fields["sha256"] != sha256(payload):
         raise reject("DIGEST", "payload does not match the digest its manifest names")
+    masks = fields["slots"]
+    if why := _misfit(masks, expected):
+        raise reject("SLOTS", why)
     try:
-        tensors = decode_tensors(payload, expected.shapes)
+        if masks is None:
+            tensors = decode_tensors(payload, expected.shapes)
+        else:
+            shapes = packed_shapes(expected.spec, expected.factors, masks)
+            packed = decode_tensors(payload, shapes)
+            tensors = unpack(packed, expected.spec, expected.factors, masks)
     except AdapterError as e:
         raise reject("HEADER", str(e)) from e
     squares = 0.0
@@ -110,9 +132,29 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
         attempt=expected.attempt,
         client=client,
         start_sha256=expected.start_sha256,
-        delta=AdapterState(expected.spec, tensors),
+        delta=AdapterState(
+            expected.spec, {k: t for k, t in tensors.items() if not k.startswith(CONTROL)}
+        ),
         num_examples=examples,
         metrics=fields["metrics"],
+        control={k.removeprefix(CONTROL): t for k, t in tensors.items() if k.startswith(CONTROL)},
+        slots=masks,
         start=expected.start,
         weight=1.0 if limits.uniform else examples,
     )
+
+
+def _misfit(masks: tuple[int, ...] | None, expected: Expectation) -> str:
+    """Why the slots of a reply are not those it may send; empty when they are."""
+    if (masks is not None) != bool(expected.slots):
+        return "names rank slots without being asked to" if masks else "names no rank slots"
+    if masks is None:
+        return ""
+    layers = expected.spec.layers
+    if len(masks) != len(layers):
+        return f"{len(masks)} slot masks; expected one for each of {len(layers)} layers"
+    for mask, layer in zip(masks, layers, strict=True):
+        if mask >> layer.rank:
+            return f"layer {layer.name} has rank {layer.rank}, its slot mask is {mask:x}"
+    count = sum(mask.bit_count() for mask in masks)
+    return f"{count} slots; expected at most {expected.slots}" if count > expected.slots else ""

@@ -16,10 +16,19 @@ from fedlora.adapter import (
     tensors_digest,
     trained_shapes,
 )
+from fedlora.adapters import METHODS
 from fedlora.adapters.base import Basis, Method
 from fedlora.checkpoint import RunStore
 from fedlora.errors import FedloraError, StrategyError, UpdateRejected
-from fedlora.messages import Broadcast, ClientUpdate, OptimizerState, RoundPlan
+from fedlora.messages import (
+    CONTROL,
+    Broadcast,
+    ClientUpdate,
+    LazyTensors,
+    OptimizerState,
+    RoundPlan,
+    Start,
+)
 from fedlora.seeds import generator
 from fedlora.server.admission import Expectation, Limits, admit, expected_size
 from fedlora.server.aggregation_error import Trained, aggregation_error
@@ -27,10 +36,11 @@ from fedlora.server.interrupt import shielded
 from fedlora.server.link import Link, Reply, Task
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import ClientInfo, Strategy, StrategyState
-from fedlora.wire import Shapes, encode_broadcast, encode_tensors, sha256
+from fedlora.strategies.fold import folded
+from fedlora.wire import Shapes, encode_broadcast, encode_json, encode_tensors, sha256
 
 Event = dict[str, Any]
-Evaluate = Callable[[AdapterState], Mapping[str, float]]
+Evaluate = Callable[[StrategyState, AdapterState], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class RunParts:
         strategy: how updates are merged.
         method, basis: of the adapter.
         sent_basis: the basis again if clients cannot make it themselves; each gets it once.
-        evaluate: measures a global adapter; None where the server has no data.
+        evaluate: measures a state and its global adapter; None where the server has no data.
         emit: receives every event of the run.
     """
 
@@ -103,6 +113,7 @@ class Attempt:
         self.rejected: list[Event] = []
         self.bytes_up = self.bytes_down = 0
         self.seconds: dict[str, float] = {}
+        self.notes: Mapping[str, Any] = {}
 
     def collect(self) -> str:
         """Hands out work and admits what comes back; says what is missing for a quorum."""
@@ -126,11 +137,16 @@ class Attempt:
             f"the quorum is {quorum}"
         )
 
-    def merge(self) -> StrategyState:
-        """reduce, then refactor; the result is checked before anybody sees it."""
+    def merge(self) -> tuple[StrategyState, AdapterState]:
+        """reduce, then refactor: the next state and its global adapter.
+
+        Both are checked before anybody sees them.
+        """
         strategy = self.run.strategy
         with self._timed("reduce"), self._strategy_errors("reduce"):
-            stats = strategy.reduce(self.state, self._stream)
+            stats = strategy.reduce(self.state, self._updates())
+            self.notes = dict(stats.notes)
+            encode_json(self.notes)
         with self._timed("refactor"), self._strategy_errors("refactor"):
             new = strategy.refactor(self.state, stats)
             if new.round != self.round:
@@ -139,7 +155,7 @@ class Attempt:
                 if not bool(torch.isfinite(tensor).all()):
                     raise StrategyError(f"tensor {name} is not finite after refactor")
             adapter = strategy.global_delta(new)
-            for name, shape in trained_shapes(adapter.spec, self.run.method).items():
+            for name, shape in trained_shapes(adapter.spec, METHODS[adapter.spec.method]).items():
                 if name not in adapter.tensors:
                     raise StrategyError(f"the adapter lacks {name} after refactor")
                 tensor = adapter.tensors[name]
@@ -148,19 +164,18 @@ class Attempt:
                         f"tensor {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} "
                         f"after refactor; expected {shape} and torch.float32"
                     )
-        return new
+        return new, adapter
 
-    def commit(self, new: StrategyState) -> StrategyState:
+    def commit(self, new: StrategyState, adapter: AdapterState) -> StrategyState:
         """Measures, commits and reports the round."""
         run, settings = self.run, self.run.settings
-        adapter = run.strategy.global_delta(new)
         with self._timed("aggregation_error"):
             error = self._aggregation_error(adapter)
         scores: Mapping[str, float] = {}
         due = self.round % settings.evaluate_every == 0 or self.round == settings.rounds
         if run.evaluate is not None and due:
             with self._timed("evaluate"):
-                scores = run.evaluate(adapter)
+                scores = run.evaluate(new, adapter)
         event: Event = {
             "event": "round",
             "round": self.round,
@@ -179,6 +194,8 @@ class Attempt:
             "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()},
             "adapter_sha256": tensors_digest(adapter.tensors),
         }
+        if self.notes:
+            event["notes"] = self.notes
         events = [*self.rejected, event]
         record = {
             "run": run.run,
@@ -208,32 +225,30 @@ class Attempt:
     def _tasks(self, chosen: Sequence[ClientInfo]) -> tuple[list[Task], dict[str, bytes]]:
         strategy, state = self.run.strategy, self.state
         parts: dict[str, bytes] = {}
-        made: dict[Hashable, tuple[AdapterState, dict[str, str], str]] = {}
+        made: dict[Hashable, tuple[Start, dict[str, str], str]] = {}
         interned: dict[Hashable, Shapes] = {}
         tasks = []
         for client in chosen:
             key = strategy.broadcast_key(state, client)
             if key not in made:
-                adapter = strategy.broadcast(state, client)
+                start = strategy.broadcast(state, client)
                 digests = {}
-                for name, tensors in split_parts(adapter, self.run.sent_basis).items():
+                for name, tensors in split_parts(start, self.run.sent_basis).items():
                     data = encode_tensors(tensors)
                     digests[name] = sha256(data)
                     parts[digests[name]] = data
-                made[key] = (adapter, digests, adapter.spec.digest())
-            adapter, digests, spec_digest = made[key]
-            plan = RoundPlan(
-                run=self.run.run,
-                round=self.round,
-                attempt=self.attempt,
-                client=client.name,
-                factors=strategy.factors(state),
-                rank=client.rank,
-                local_steps=self.run.settings.local_steps,
-                optimizer_state=self.run.settings.optimizer_state,
-            )
-            broadcast = Broadcast(plan, spec_digest, digests)
-            shapes: Shapes = strategy.expect(state, client)
+                made[key] = (start, digests, start.adapter.spec.digest())
+            start, digests, spec_digest = made[key]
+            adapter = start.adapter
+            plan = self._plan(client)
+            fold_ranks = {
+                f"fold.{version}": tuple(
+                    tensors[f"{layer.name}.L"].shape[1] for layer in adapter.spec.layers
+                )
+                for version, tensors in start.fold.items()
+            }
+            broadcast = Broadcast(plan, spec_digest, digests, fold_ranks)
+            shapes: Shapes = strategy.expect(state, plan)
             # clients with equal shapes share one object, so that each costs little memory
             shapes = interned.setdefault(tuple(shapes.items()), shapes)
             self.expected[client.name] = Expectation(
@@ -247,9 +262,43 @@ class Attempt:
                 spec_digest=spec_digest,
                 shapes=shapes,
                 size_bytes=expected_size(shapes),
+                slots=plan.slots,
+                factors=plan.sent,
             )
             tasks.append(Task(client.name, encode_broadcast(broadcast)))
         return tasks, parts
+
+    def _plan(self, client: ClientInfo) -> RoundPlan:
+        """The strategy's plan for a client, with what is not the strategy's to choose."""
+        settings = self.run.settings
+        blank = RoundPlan(
+            run=self.run.run,
+            round=self.round,
+            attempt=self.attempt,
+            client=client.name,
+            factors=(),
+            rank=client.rank,
+            local_steps=settings.local_steps,
+            optimizer_state=settings.optimizer_state,
+        )
+        plan = replace(
+            self.run.strategy.plan(self.state, client, blank),
+            run=blank.run,
+            round=blank.round,
+            attempt=blank.attempt,
+            client=blank.client,
+        )
+        known = self.run.method.factor_shapes(self.state.spec.layers[0])
+        if odd := [factor for factor in plan.factors if factor not in known]:
+            raise StrategyError(
+                f"the plan trains factor {odd[0]!r}; method {self.run.method.name!r} has "
+                f"{', '.join(known)}"
+            )
+        if not 1 <= plan.rank <= client.rank:
+            raise StrategyError(
+                f"the plan gives client {client.name} rank {plan.rank}; expected 1 to {client.rank}"
+            )
+        return plan
 
     def _admit(self, reply: Reply) -> None:
         self.bytes_down += reply.bytes_down
@@ -276,36 +325,53 @@ class Attempt:
                 }
             )
             return
-        self.spool.add(reply.client, reply.payload)
+        # a packed reply is kept at full rank, so that all are read alike
+        dense = reply.payload if update.slots is None else encode_tensors(update.delta.tensors)
+        self.spool.add(reply.client, dense)
         # the tensors now live in the spool; only the small fields stay in memory
-        self.updates[reply.client] = replace(update, delta=AdapterState(update.delta.spec, {}))
+        empty = AdapterState(update.delta.spec, {})
+        self.updates[reply.client] = replace(update, delta=empty, control={})
 
-    def _stream(self) -> Iterator[ClientUpdate]:
+    def _updates(self) -> list[ClientUpdate]:
+        """The admitted updates by client name; their tensors are read when asked for."""
+        found = []
         for name in self.spool.clients():
-            update, shapes = self.updates[name], self.expected[name].shapes
-            tensors = self.spool.read(name, shapes)
-            yield replace(update, delta=AdapterState(update.delta.spec, tensors))
+            update = self.updates[name]
+            read = self.spool.tensors(name, self.expected[name].shapes)
+            changed = [key for key in read if not key.startswith(CONTROL)]
+            control = [key.removeprefix(CONTROL) for key in read if key.startswith(CONTROL)]
+            delta = AdapterState(update.delta.spec, LazyTensors(changed, read.__getitem__))
+            found.append(
+                replace(
+                    update,
+                    delta=delta,
+                    control=LazyTensors(control, lambda key, read=read: read[CONTROL + key]),  # type: ignore[misc]
+                )
+            )
+        return found
 
     def _aggregation_error(self, adapter: AdapterState) -> float | None:
-        total = sum(update.weight for update in self.updates.values())
+        if self.run.strategy.personal:
+            return None
+        updates = self._updates()
+        total = sum(update.weight for update in updates)
         clients = [
-            Trained(update.weight / total, update.delta.spec, self._reader(name))
-            for name, update in sorted(self.updates.items())
+            Trained(update.weight / total, update.delta.spec, self._reader(update))
+            for update in updates
         ]
-        spec = self.state.spec
-        return aggregation_error(self.run.method, spec, self.run.basis, clients, adapter.tensors)
+        return aggregation_error(
+            self.run.method,
+            self.run.basis,
+            clients,
+            adapter,
+            lambda layer: folded(self.state.tensors, layer),
+        )
 
-    def _reader(self, client: str) -> Callable[[LayerSpec], Mapping[str, torch.Tensor]]:
-        expected = self.expected[client]
+    def _reader(self, update: ClientUpdate) -> Callable[[LayerSpec], Mapping[str, torch.Tensor]]:
+        ended = update.ended
 
         def read(layer: LayerSpec) -> Mapping[str, torch.Tensor]:
-            names = {f"{layer.name}.{f}": f for f in self.run.method.factor_shapes(layer)}
-            deltas = self.spool.read_some(client, expected.shapes, names)
-            trained = {}
-            for name, factor in names.items():
-                start = expected.start.tensors[name].double()
-                trained[factor] = start + deltas[name].double() if name in deltas else start
-            return trained
+            return {f: ended[f"{layer.name}.{f}"] for f in self.run.method.factor_shapes(layer)}
 
         return read
 
@@ -331,8 +397,16 @@ class Attempt:
 
     @contextmanager
     def _strategy_errors(self, step: str) -> Iterator[None]:
+        # torch counts every change of a tensor in place
+        before = {name: (id(t), t._version) for name, t in self.state.tensors.items()}
         try:
             yield
+            after = {name: (id(t), t._version) for name, t in self.state.tensors.items()}
+            if changed := sorted({k for k, _ in before.items() ^ after.items()}):
+                raise StrategyError(
+                    f"{step} changed tensor {changed[0]} of the state it was given; a strategy "
+                    "must return new tensors"
+                )
         except FedloraError as e:
             if isinstance(e, StrategyError):
                 raise StrategyError(
@@ -347,10 +421,15 @@ class Attempt:
             ) from e
 
 
-def split_parts(adapter: AdapterState, basis: Basis) -> dict[str, dict[str, torch.Tensor]]:
-    """The parts of a broadcast: one per factor, one for the heads, one for the basis."""
+def split_parts(start: Start, basis: Basis) -> dict[str, dict[str, torch.Tensor]]:
+    """The parts of a broadcast: one per factor, for the heads, the basis, each fold, and c."""
+    adapter = start.adapter
     layers = {layer.name for layer in adapter.spec.layers}
     parts: dict[str, dict[str, torch.Tensor]] = {"basis": dict(basis)} if basis else {}
+    for version, fold in start.fold.items():
+        parts[f"fold.{version}"] = dict(fold)
+    if start.control:
+        parts["control"] = dict(start.control)
     for name, tensor in adapter.tensors.items():
         layer, factor = split_name(name)
         part = f"factor.{factor}" if layer in layers else "heads"

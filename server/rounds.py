@@ -37,7 +37,7 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
         try:
             attempt = Attempt(run, state, count, spool)
             if not (shortage := attempt.collect()):
-                return attempt.commit(attempt.merge())
+                return attempt.commit(*attempt.merge())
             for line in attempt.rejected:
                 run.emit(line)
             event = {"event": "abandoned", "round": number, "attempt": count, "why": shortage}

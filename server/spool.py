@@ -1,14 +1,14 @@
 """Spool: the updates of one round on disk, so that memory does not grow with clients."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from fedlora.errors import StorageError
+from fedlora.messages import LazyTensors
 from fedlora.storage import storage_errors
-from fedlora.wire import Shapes, decode_tensors, layout
+from fedlora.wire import Shapes, layout
 
 
 class Spool:
@@ -41,24 +41,19 @@ class Spool:
         """Names of the stored clients, sorted: the order of every sum."""
         return sorted(self._slots)
 
-    def read(self, client: str, shapes: Shapes) -> dict[str, torch.Tensor]:
-        """All tensors of one client."""
-        offset, size = self._slots[client]
-        return decode_tensors(self._read(offset, size), shapes)
-
-    def read_some(
-        self, client: str, shapes: Shapes, names: Mapping[str, object] | set[str]
-    ) -> dict[str, torch.Tensor]:
-        """Only the named tensors of one client, without reading the others."""
+    def tensors(self, client: str, shapes: Shapes) -> LazyTensors:
+        """The tensors of one client, each read from the file when it is asked for."""
         offset, _ = self._slots[client]
         slots = layout(shapes).slots
-        found = {}
-        for name in names:
-            if name in slots:
-                slot = slots[name]
-                data = bytearray(self._read(offset + slot.start, slot.end - slot.start))
-                found[name] = torch.frombuffer(data, dtype=slot.dtype).reshape(slot.shape)
-        return found
+
+        def read(name: str) -> torch.Tensor:
+            slot = slots[name]
+            if slot.start == slot.end:
+                return torch.empty(slot.shape, dtype=slot.dtype)
+            data = bytearray(self._read(offset + slot.start, slot.end - slot.start))
+            return torch.frombuffer(data, dtype=slot.dtype).reshape(slot.shape)
+
+        return LazyTensors(shapes, read)
 
     def close(self) -> None:
         """Deletes the file."""

@@ -33,8 +33,8 @@ from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.simulation.local import LocalLink
 from fedlora.simulation.metrics import MetricsLog
 from fedlora.simulation.scenario import Scenario
-from fedlora.strategies.base import Strategy, StrategyState
-from fedlora.strategies.plugin import find_strategy
+from fedlora.strategies.base import Conditions, Strategy, StrategyState
+from fedlora.strategies.plugin import make_strategy
 from fedlora.wire import encode_json
 
 Emit = Callable[[Event], None]
@@ -182,9 +182,7 @@ class Federation:
         self.emit = emit or (lambda event: None)
         self.spec: AdapterSpec = loaded.initial.spec
         self.method = METHODS[self.spec.method]
-        self.strategy: Strategy = find_strategy(job.federation.strategy)(
-            self.method, job.federation.strategy_options
-        )
+        self.strategy: Strategy = make_strategy(job.federation, self.method)
         self.scenario = Scenario(
             job.scenario,
             list(self.clients),
@@ -192,7 +190,15 @@ class Federation:
             seed=job.run.seed,
             max_update_norm=job.federation.max_update_norm,
         )
-        self.strategy.check(self.spec, [client.rank for client in self.scenario.clients])
+        self.strategy.check(
+            Conditions(
+                self.spec,
+                [client.rank for client in self.scenario.clients],
+                optimizer=job.training.optimizer,
+                optimizer_state=job.training.optimizer_state,
+                momentum=job.training.momentum,
+            )
+        )
         self.link = LocalLink(self.scenario, self._work, progress)
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
@@ -338,11 +344,37 @@ class Federation:
     def hold(self, adapter: AdapterState) -> None:
         """Puts a global adapter into the model."""
         self.loaded.adapted.rerank(adapter.spec)
+        self.loaded.adapted.fold(())
         self.loaded.adapted.load(adapter.tensors)
 
-    def _evaluate(self, adapter: AdapterState) -> Mapping[str, float]:
-        self.hold(adapter)
-        return self.scores(self.loaded.data.test)
+    def personal(self, client: str, adapter: AdapterState, number: int) -> AdapterState:
+        """The adapter of one client after round `number`: the global one but for its own part."""
+        memory = ClientState(self._folder / "clients" / client).before(number + 1)
+        kept = {
+            name: tensor
+            for key, tensor in memory.items()
+            if (name := key.removeprefix("kept.")) != key
+        }
+        return AdapterState(adapter.spec, {**adapter.tensors, **kept})
+
+    def global_scores(self, adapter: AdapterState, number: int) -> Scores:
+        """Figures after round `number` on the global test data.
+
+        Of the adapter; or, for a personal strategy, the mean over all clients' own adapters.
+        """
+        test = self.loaded.data.test
+        if not self.strategy.personal:
+            self.hold(adapter)
+            return self.scores(test)
+        found = []
+        for name in self.clients:
+            self.hold(self.personal(name, adapter, number))
+            found.append(self.scores(test))
+        shared = set.intersection(*(set(scores) for scores in found))
+        return {key: sum(s[key] for s in found) / len(found) for key in sorted(shared)}
+
+    def _evaluate(self, state: StrategyState, adapter: AdapterState) -> Mapping[str, float]:
+        return self.global_scores(adapter, state.round)
 
     def _work(self, client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> ClientUpdate:
         data = self.clients[client]

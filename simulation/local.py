@@ -27,8 +27,8 @@ class LocalLink:
         self.scenario = scenario
         self.work = work
         self.progress = progress
-        # digests each client holds from earlier rounds, by part
-        self._held: dict[str, dict[str, str]] = {}
+        # digests of the parts each client holds from earlier rounds
+        self._held: dict[str, frozenset[str]] = {}
 
     def roster(self) -> Sequence[ClientInfo]:
         return self.scenario.clients
@@ -46,21 +46,34 @@ class LocalLink:
         plan, client = broadcast.plan, task.client
         if self.scenario.absent(client, plan.round, plan.attempt):
             return None
-        held = set(self._held.get(client, {}).values())
-        down = len(task.manifest)
-        down += sum(len(parts[d]) for d in set(broadcast.parts.values()) if d not in held)
-        self._held[client] = dict(broadcast.parts)
+        held = self._held.get(client, frozenset())
+        fetched: set[str] = set()
+
+        def fetch(digest: str) -> bytes:
+            fetched.add(digest)
+            return parts[digest]
+
+        def down() -> int:
+            return len(task.manifest) + sum(len(parts[d]) for d in fetched - held)
+
         seconds = self.scenario.virtual_seconds(client, plan.local_steps)
         if seconds > deadline_s:
-            # a straggler would train in vain: its reply comes when the round is closed
-            return Reply(client, b"", b"", down, deadline_s)
+            # a straggler would train in vain: its reply comes when the round is closed, and
+            # it fetches everything it could need
+            fetched.update(broadcast.parts.values())
+            self._held[client] = frozenset(broadcast.parts.values())
+            return Reply(client, b"", b"", down(), deadline_s)
         if self.progress:
             self.progress(client)
         try:
-            update = self.work(client, task.manifest, parts.__getitem__)
+            update = self.work(client, task.manifest, fetch)
         except StorageError:
             raise
         except FedloraError as e:
-            return Reply(client, b"", b"", down, seconds, error=str(e))
+            return Reply(client, b"", b"", down(), seconds, error=str(e))
+        finally:
+            # what the broadcast still names is kept; the rest is of no more use
+            now = set(broadcast.parts.values())
+            self._held[client] = frozenset((held & now) | fetched)
         manifest, payload = encode_update(self.scenario.tamper(update))
-        return Reply(client, manifest, payload, down, seconds)
+        return Reply(client, manifest, payload, down(), seconds)

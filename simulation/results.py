@@ -34,26 +34,17 @@ def finish(
     job, loaded = federation.job, federation.loaded
     adapter = federation.strategy.global_delta(state)
     folder = store.folder
-    save_adapter(
-        folder / "adapter",
-        AdapterFolder(
-            spec=adapter.spec,
-            tensors=adapter.tensors,
-            basis=federation.sent_basis,
-            base_model=job.model.name,
-            task=job.model.task,
-            labels=loaded.data.labels,
-            revision=job.model.revision,
-            dtype=job.model.dtype,
-        ),
-        card(federation, adapter),
-    )
+    _save(federation, adapter, folder / "adapter")
+    if federation.strategy.personal:
+        for name in federation.clients:
+            own = federation.personal(name, adapter, state.round)
+            _save(federation, own, folder / "personal" / name)
     started = time.perf_counter()
     summary: dict[str, Any] = {
         "task": job.model.task,
         "base": _base(federation),
-        "global": _scores(federation, adapter),
-        "clients": _per_client(federation, adapter),
+        "global": federation.global_scores(adapter, state.round),
+        "clients": _per_client(federation, adapter, state.round),
         "baselines": {},
     }
     for name in job.evaluation.baselines:
@@ -73,6 +64,24 @@ def finish(
     if not any(event["event"] == "end" for event in log.read()):
         log.append(end)
     return summary
+
+
+def _save(federation: Federation, adapter: AdapterState, folder: Path) -> None:
+    job = federation.job
+    save_adapter(
+        folder,
+        AdapterFolder(
+            spec=adapter.spec,
+            tensors=adapter.tensors,
+            basis=federation.sent_basis,
+            base_model=job.model.name,
+            task=job.model.task,
+            labels=federation.loaded.data.labels,
+            revision=job.model.revision,
+            dtype=job.model.dtype,
+        ),
+        card(federation, adapter),
+    )
 
 
 def is_finished(folder: Path) -> bool:
@@ -106,12 +115,7 @@ def _base(federation: Federation) -> Scores:
         return federation.scores(federation.loaded.data.test)
 
 
-def _scores(federation: Federation, adapter: AdapterState) -> Scores:
-    federation.hold(adapter)
-    return federation.scores(federation.loaded.data.test)
-
-
-def _per_client(federation: Federation, adapter: AdapterState) -> dict[str, Any]:
+def _per_client(federation: Federation, adapter: AdapterState, number: int) -> dict[str, Any]:
     found: dict[str, dict[str, Scores]] = {name: {} for name in federation.clients}
     federation.hold(federation.loaded.initial)
     with federation.loaded.adapted.base_only():
@@ -120,4 +124,8 @@ def _per_client(federation: Federation, adapter: AdapterState) -> dict[str, Any]
     federation.hold(adapter)
     for name, data in federation.clients.items():
         found[name]["global"] = federation.scores(data.validation)
+    if federation.strategy.personal:
+        for name, data in federation.clients.items():
+            federation.hold(federation.personal(name, adapter, number))
+            found[name]["personal"] = federation.scores(data.validation)
     return found

@@ -4,14 +4,15 @@ A strategy is a set of pure functions over an explicit state that can be written
 
     init -> (plan, broadcast, expect) per client -> reduce -> refactor -> ...
 
-`reduce` is the linear part: it sees one update at a time, ordered by client name, and adds
-in float64. `refactor` turns the sums into the next state. Neither changes its inputs.
+`reduce` takes the updates in and leaves sums, or the weighted mean product as a stack;
+`refactor` turns these into the next state. Neither changes its inputs, and neither forms
+the product of two factors.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,15 +20,19 @@ from torch import Tensor
 from fedlora.adapter import (
     AdapterSpec,
     AdapterState,
+    LayerSpec,
     MethodTraits,
     split_name,
     trained_shapes,
     with_rank,
 )
 from fedlora.errors import ConfigError, near_miss
-from fedlora.messages import ClientUpdate
+from fedlora.linalg import recompress, stack
+from fedlora.messages import HEADS, ClientUpdate, LazyTensors, Pair, RoundPlan, Start
+from fedlora.strategies.fold import folded, folds
 
-Updates = Callable[[], Iterable[ClientUpdate]]
+Updates = Sequence[ClientUpdate]
+PrivacyUnit = Literal["record", "client"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,29 @@ class ClientInfo:
 
     name: str
     rank: int
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a strategy is checked against before round 1.
+
+    Attributes:
+        spec: the global adapter.
+        ranks: rank of every client.
+        optimizer: the clients' optimiser.
+        optimizer_state: whether clients keep its moments between rounds.
+        momentum: momentum of sgd.
+        privacy: unit of differential privacy; None without.
+        asynchronous: updates may be of earlier versions.
+    """
+
+    spec: AdapterSpec
+    ranks: Sequence[int]
+    optimizer: str = "adamw"
+    optimizer_state: str = "reset"
+    momentum: float = 0.0
+    privacy: PrivacyUnit | None = None
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,23 +83,54 @@ class StrategyState:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Stacks(Mapping[str, Pair]):
+    """Layer -> (L (d, R), Q (R, k)) with L Q = sum_i p_i dW_i, made anew at each access.
+
+    Args:
+        layers: the global layers.
+        read: global layer -> the pairs of all clients.
+        weights: p_i, in the same order.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        read: Callable[[LayerSpec], Sequence[Pair]],
+        weights: Sequence[float],
+    ) -> None:
+        self._layers = {layer.name: layer for layer in layers}
+        self._read = read
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Pair:
+        return stack(self._read(self._layers[name]), self._weights)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
 @dataclass(frozen=True)
 class Stats:
     """What `reduce` leaves of the updates.
 
     Attributes:
-        sums: weighted sums, float64.
+        sums: weighted sums of tensors, float64.
         weight: sum of the weights.
-        num_updates: how many updates went in.
+        stacks: layer -> the mean weight change as a low-rank pair; {} if not needed.
+        notes: small JSON values for the record of the round, e.g. who was screened out.
     """
 
     sums: Mapping[str, Tensor]
     weight: float
-    num_updates: int
+    stacks: Mapping[str, Pair] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def mean(self) -> dict[str, Tensor]:
-        """Sums / weight, float64."""
-        return {name: total / self.weight for name, total in self.sums.items()}
+    def mean(self) -> LazyTensors:
+        """Sums / weight, float64, one at a time."""
+        return LazyTensors(self.sums, lambda name: self.sums[name] / self.weight)
 
 
 class Strategy(ABC):
@@ -82,6 +141,13 @@ class Strategy(ABC):
         exact: the merged weight change equals the weighted mean of the clients' changes.
         linear: the merge is one weighted sum, so that secure sums and central noise apply.
         hetero_rank: clients may hold different ranks.
+        needs: what the adapter method must offer: "any", "bilinear" (linear in each of two
+            factors), or "product" (the change is s B A and nothing else).
+        regauges: factors are made anew between rounds, so that what clients or the server
+            remember of the old ones (moments, control variates) means nothing.
+        personal: a part of the adapter stays at each client; there is no global model.
+        asynchronous: updates of earlier versions can be merged.
+        privacy: units of differential privacy whose guarantee the algebra keeps.
         options: option name -> default.
 
     Args:
@@ -92,43 +158,38 @@ class Strategy(ABC):
         ConfigError: an unknown option, or a value of another type than the default.
     """
 
-    name: ClassVar[str]
-    exact: ClassVar[bool]
-    linear: ClassVar[bool]
-    hetero_rank: ClassVar[bool]
+    # set by the class, or by a wrapper on itself
+    name: str
+    exact: bool
+    linear: bool
+    hetero_rank: bool
+    needs: Literal["any", "bilinear", "product"] = "any"
+    regauges: bool = False
+    personal: bool = False
+    asynchronous: bool = False
+    privacy: frozenset[PrivacyUnit] = frozenset({"record"})
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, traits: MethodTraits, options: Mapping[str, Any] | None = None) -> None:
         self.traits = traits
-        given = dict(options or {})
-        for key in given:
-            if key not in self.options:
-                known = ", ".join(self.options) or "none"
-                raise ConfigError(
-                    f"federation.strategy_options.{key} is not known to strategy {self.name!r}"
-                    f"{near_miss(key, self.options)}; known: {known}"
-                )
-            value, default = given[key], self.options[key]
-            whole = isinstance(default, float) and type(value) is int
-            if default is not None and type(value) is not type(default) and not whole:
-                raise ConfigError(
-                    f"federation.strategy_options.{key} = {value!r} is a {type(value).__name__}; "
-                    f"expected a {type(default).__name__}"
-                )
-        self.settings = {**self.options, **given}
+        self.settings = checked_options(
+            "federation.strategy_options", f"strategy {self.name!r}", options or {}, self.options
+        )
 
-    def check(self, spec: AdapterSpec, ranks: Iterable[int]) -> None:
-        """Refuses, before round 1, an adapter or ranks that the strategy cannot merge.
+    def check(self, given: Conditions) -> None:
+        """Refuses, before round 1, what the strategy cannot merge.
 
         Raises:
             ConfigError: with the reason and what to choose instead.
         """
-        odd = sorted({rank for rank in ranks if rank != spec.rank})
+        self._check_method(given.spec)
+        spec = given.spec
+        odd = sorted({rank for rank in given.ranks if rank != spec.rank})
         if odd and not self.hetero_rank:
             raise ConfigError(
                 f"strategy {self.name!r} needs equal ranks, but clients have ranks "
                 f"{sorted({*odd, spec.rank})}; give all clients rank {spec.rank}, or choose a "
-                "strategy that takes unequal ranks (ffa-lora, rolora)"
+                "strategy that takes unequal ranks (flexlora, flora, hetlora, lora-lego, ffa-lora)"
             )
         # an exact embedding between ranks is the method's business; ask before round 1
         for rank in odd:
@@ -144,6 +205,23 @@ class Strategy(ABC):
                             f"{self.traits.name!r} is not made of slots; give all clients rank "
                             f"{spec.rank}, or choose method lora"
                         )
+        if self.regauges and given.optimizer_state == "keep":
+            raise ConfigError(
+                f'training.optimizer_state = "keep" does not fit strategy {self.name!r}, which '
+                "makes the factors anew between rounds, so that old moments mean nothing; choose "
+                '"reset"'
+            )
+        if given.privacy is not None and given.privacy not in self.privacy:
+            allowed = ", ".join(sorted(self.privacy)) or "none"
+            raise ConfigError(
+                f'privacy.unit = "{given.privacy}" is voided by strategy {self.name!r} (it keeps '
+                f"the guarantee of: {allowed}); choose fedit, ffa-lora or fed-sb"
+            )
+        if given.asynchronous and not self.asynchronous:
+            raise ConfigError(
+                f'federation.mode = "async" does not fit strategy {self.name!r}, which cannot '
+                "merge updates of earlier versions; choose fedit, ffa-lora, fed-sb or flexlora"
+            )
 
     def init(self, adapter: AdapterState) -> StrategyState:
         """The state before round 1."""
@@ -151,62 +229,182 @@ class Strategy(ABC):
 
     @abstractmethod
     def factors(self, state: StrategyState) -> tuple[str, ...]:
-        """Names of the factors that clients train and send in the next round."""
+        """Names of the factors that clients train in the next round."""
+
+    def rank(self, state: StrategyState, client: ClientInfo) -> int:
+        """The rank a client holds in the next round."""
+        return client.rank
+
+    def plan(self, state: StrategyState, client: ClientInfo, plan: RoundPlan) -> RoundPlan:
+        """What a client does in the next round.
+
+        Args:
+            plan: filled in by the round loop but for factors and rank.
+        """
+        return replace(plan, factors=self.factors(state), rank=self.rank(state, client))
 
     def broadcast_key(self, state: StrategyState, client: ClientInfo) -> Hashable:
         """Clients with equal keys receive the same `broadcast`, which is made once."""
-        return client.rank
+        return self.rank(state, client)
 
-    def broadcast(self, state: StrategyState, client: ClientInfo) -> AdapterState:
-        """The adapter that a client with this key starts the next round from."""
-        return cut(self.global_delta(state), client.rank, self.traits)
+    def broadcast(self, state: StrategyState, client: ClientInfo) -> Start:
+        """What a client with this key starts the next round from."""
+        adapter = cut(self.adapter(state), self.rank(state, client), self.traits)
+        return Start(adapter, folds(state.tensors))
 
-    def expect(self, state: StrategyState, client: ClientInfo) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that must come back."""
-        spec = state.spec
-        if client.rank != spec.rank:
-            spec = with_rank(spec, client.rank)
-        return trained_shapes(spec, self.traits, self.factors(state))
+    def expect(self, state: StrategyState, plan: RoundPlan) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that must come back for a plan."""
+        spec = with_rank(state.spec, plan.rank)
+        if HEADS in plan.kept:
+            spec = replace(spec, head_shapes={})
+        return trained_shapes(spec, self.traits, plan.sent)
 
     def reduce(self, state: StrategyState, updates: Updates) -> Stats:
         """The weighted sum of what clients trained, each at the global rank.
 
         Args:
-            updates: yields the updates in order of client name; may be called twice.
+            updates: ordered by client name; tensors are read when they are asked for, so
+                going tensor by tensor holds one tensor of one client at a time.
         """
-        sums: dict[str, Tensor] = {}
-        weight, count = 0.0, 0
-        for update in updates():
-            for name, trained in self.lift(state.spec, update).items():
-                term = trained * update.weight
-                sums[name] = sums[name].add_(term) if name in sums else term
-            weight += update.weight
-            count += 1
-        return Stats(sums, weight, count)
+        return Stats(self.sums(state, updates), sum(update.weight for update in updates))
 
     def refactor(self, state: StrategyState, stats: Stats) -> StrategyState:
         """The next state; here the mean takes the place of the factors that were trained."""
-        mean = {name: value.float() for name, value in stats.mean().items()}
-        return replace(state, round=state.round + 1, tensors={**state.tensors, **mean})
+        return self.advance(state, {name: mean.float() for name, mean in stats.mean().items()})
 
     def global_delta(self, state: StrategyState) -> AdapterState:
-        """The global adapter, relative to the original base."""
-        return AdapterState(state.spec, state.tensors)
+        """The global adapter, relative to the original base: folds become further ranks."""
+        adapter = self.adapter(state)
+        if not folds(state.tensors):
+            return adapter
+        return expanded(adapter, state.tensors)
 
-    def lift(self, spec: AdapterSpec, update: ClientUpdate) -> dict[str, Tensor]:
+    # what subclasses build with
+
+    def adapter(self, state: StrategyState) -> AdapterState:
+        """Factors and heads of the state, without folds and whatever else it holds."""
+        names = trained_shapes(state.spec, self.traits)
+        held = {name: state.tensors[name] for name in names if name in state.tensors}
+        return AdapterState(state.spec, held)
+
+    def advance(
+        self,
+        state: StrategyState,
+        tensors: Mapping[str, Tensor],
+        extra: Mapping[str, Any] | None = None,
+    ) -> StrategyState:
+        """The state one round later, with `tensors` and `extra` in place of their old values."""
+        return replace(
+            state,
+            round=state.round + 1,
+            tensors={**state.tensors, **tensors},
+            extra={**state.extra, **(extra or {})},
+        )
+
+    def sums(
+        self, state: StrategyState, updates: Updates, names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Name -> sum_i weight_i trained_i, float64, each at the global rank."""
+        lifted = [self.lift(state.spec, update) for update in updates]
+        sums: dict[str, Tensor] = {}
+        for name in names if names is not None else (lifted[0] if lifted else ()):
+            for tensors, update in zip(lifted, updates, strict=True):
+                term = tensors[name] * update.weight
+                sums[name] = sums[name].add_(term) if name in sums else term
+        return sums
+
+    def head_sums(self, state: StrategyState, updates: Updates) -> dict[str, Tensor]:
+        """`sums` of the heads alone."""
+        return self.sums(state, updates, sorted(state.spec.head_shapes))
+
+    def stacks(self, state: StrategyState, updates: Updates) -> Stacks:
+        """Layer -> the mean product sum_i p_i s B_i A_i as a stack."""
+        total = sum(update.weight for update in updates)
+        return Stacks(
+            state.spec.layers,
+            lambda layer: [self.product(update, layer.name) for update in updates],
+            [update.weight / total for update in updates],
+        )
+
+    def product(self, update: ClientUpdate, layer: str) -> Pair:
+        """(s B_i (d, r_i), A_i (r_i, k)), float64: what one client ended with."""
+        own = update.delta.spec.layer(layer)
+        if update.products is not None:
+            return update.products(own)
+        b, a = bilinear(self.traits)
+        ended = update.ended
+        return own.scale * ended[f"{layer}.{b}"], ended[f"{layer}.{a}"]
+
+    def lift(self, spec: AdapterSpec, update: ClientUpdate) -> Mapping[str, Tensor]:
         """What the client ended with, float64, embedded at the global rank with zeros."""
         trained = update.trained
         if update.delta.spec.rank == spec.rank:
             return trained
         small = {layer.name: layer for layer in update.delta.spec.layers}
         whole = {layer.name: layer for layer in spec.layers}
-        lifted = {}
-        for name, tensor in trained.items():
+
+        def read(name: str) -> Tensor:
             layer, factor = split_name(name)
-            if layer in whole:
-                tensor = self.traits.resize(factor, tensor, small[layer], whole[layer])
-            lifted[name] = tensor
-        return lifted
+            if layer not in whole:
+                return trained[name]
+            return self.traits.resize(factor, trained[name], small[layer], whole[layer])
+
+        return LazyTensors(trained, read)
+
+    def _check_method(self, spec: AdapterSpec) -> None:
+        if self.needs == "any":
+            return
+        traits = self.traits
+        if traits.bilinear_factors is None:
+            why = (
+                "is averaged exactly as it is"
+                if traits.affine
+                else "is not linear in either of its factors"
+            )
+            raise ConfigError(
+                f"strategy {self.name!r} works on two factors, but method {traits.name!r} {why}; "
+                "choose strategy fedit, or method lora, rslora, pissa or vera"
+            )
+        if self.needs == "product" and not traits.product:
+            raise ConfigError(
+                f"strategy {self.name!r} needs a weight change that is s B A and nothing else, "
+                f"which method {traits.name!r} is not; choose method lora or rslora, or a "
+                "strategy such as ffa-lora"
+            )
+
+
+def checked_options(
+    place: str, owner: str, given: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`given` completed by the defaults in `known`.
+
+    Args:
+        place: dotted key of the options in the job.
+        owner: who takes them, for the message.
+
+    Raises:
+        ConfigError: an unknown option, or a value of another type than its default.
+    """
+    for key, value in given.items():
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise ConfigError(
+                f"{place}.{key} is not known to {owner}{near_miss(key, known)}; known: {names}"
+            )
+        default = known[key]
+        whole = isinstance(default, float) and type(value) is int
+        if default is not None and type(value) is not type(default) and not whole:
+            raise ConfigError(
+                f"{place}.{key} = {value!r} is a {type(value).__name__}; expected a "
+                f"{type(default).__name__}"
+            )
+    return {**known, **given}
+
+
+def bilinear(traits: MethodTraits) -> tuple[str, str]:
+    """The method's two factors, zero-initialised one first; `check` has made sure of them."""
+    assert traits.bilinear_factors is not None
+    return traits.bilinear_factors
 
 
 def cut(adapter: AdapterState, rank: int, traits: MethodTraits) -> AdapterState:
@@ -222,20 +420,24 @@ def cut(adapter: AdapterState, rank: int, traits: MethodTraits) -> AdapterState:
     return AdapterState(spec, tensors)
 
 
-def needs_bilinear(strategy: str, traits: MethodTraits) -> tuple[str, str]:
-    """The method's two factors (zero-initialised one first).
-
-    Raises:
-        ConfigError: the method has no such pair.
-    """
-    if traits.bilinear_factors is None:
-        why = (
-            "is averaged exactly as it is"
-            if traits.affine
-            else "is not linear in either of its factors"
+def expanded(adapter: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterState:
+    """An s B A adapter and the folds in `tensors` as one LoRA of scale 1 and higher rank."""
+    spec = adapter.spec
+    joined = {name: adapter.tensors[name] for name in spec.head_shapes}
+    layers = []
+    for layer in spec.layers:
+        own = (
+            layer.scale * adapter.tensors[f"{layer.name}.B"].double(),
+            adapter.tensors[f"{layer.name}.A"].double(),
         )
-        raise ConfigError(
-            f"strategy {strategy!r} freezes one of two factors, but method {traits.name!r} {why}; "
-            "choose strategy fedit, or method lora, rslora, pissa or vera"
-        )
-    return traits.bilinear_factors
+        fold = folded(tensors, layer.name)
+        assert fold is not None
+        left, right = stack([fold, own], [1.0, 1.0])
+        if left.shape[1] > min(layer.out, layer.inp):
+            left, right = recompress(left, right)
+        layers.append(replace(layer, rank=left.shape[1], scale=1.0))
+        joined[f"{layer.name}.B"] = left.float().contiguous()
+        joined[f"{layer.name}.A"] = right.float().contiguous()
+    rank = max(layer.rank for layer in layers)
+    wide = replace(spec, method="lora", rank=rank, alpha=float(rank), layers=tuple(layers))
+    return AdapterState(wide, dict(sorted(joined.items())))

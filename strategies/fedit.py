@@ -19,6 +19,8 @@ class FedIT(Strategy):
     exact = False
     linear = True
     hetero_rank = False
+    asynchronous = True
+    privacy = frozenset({"record", "client"})
 
     def factors(self, state: StrategyState) -> tuple[str, ...]:
         return tuple(sorted(self.traits.factor_shapes(state.spec.layers[0])))

@@ -7,10 +7,7 @@ Differs from the paper: clients may hold only the leading slots of the factors. 
 missing slots count as zero, so that the result is the exact mean of the clients' changes.
 """
 
-from collections.abc import Iterable
-
-from fedlora.adapter import AdapterSpec
-from fedlora.strategies.base import Strategy, StrategyState, needs_bilinear
+from fedlora.strategies.base import Strategy, StrategyState, bilinear
 
 
 class FfaLora(Strategy):
@@ -20,10 +17,9 @@ class FfaLora(Strategy):
     exact = True
     linear = True
     hetero_rank = True
-
-    def check(self, spec: AdapterSpec, ranks: Iterable[int]) -> None:
-        needs_bilinear(self.name, self.traits)
-        super().check(spec, ranks)
+    needs = "bilinear"
+    asynchronous = True
+    privacy = frozenset({"record", "client"})
 
     def factors(self, state: StrategyState) -> tuple[str, ...]:
-        return (needs_bilinear(self.name, self.traits)[0],)
+        return (bilinear(self.traits)[0],)

@@ -5,9 +5,31 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from fedlora.adapter import MethodTraits
+from fedlora.config.job import FederationSection
 from fedlora.errors import ConfigError, near_miss
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Strategy
+from fedlora.strategies.wrappers import WRAPPERS
+
+
+def make_strategy(section: FederationSection, traits: MethodTraits) -> Strategy:
+    """The job's strategy inside its wrappers; the first wrapper sees the updates first.
+
+    Raises:
+        ConfigError: an unknown strategy, wrapper or option.
+    """
+    strategy = find_strategy(section.strategy)(traits, section.strategy_options)
+    for table in reversed(section.wrappers):
+        options = dict(table)
+        name = options.pop("name", None)
+        if not isinstance(name, str) or name not in WRAPPERS:
+            raise ConfigError(
+                f"federation.wrappers names {name!r}, which is not known"
+                f"{near_miss(str(name), WRAPPERS)}; known: {', '.join(WRAPPERS)}"
+            )
+        strategy = WRAPPERS[name](strategy, options)
+    return strategy
 
 
 def find_strategy(name: str) -> type[Strategy]:

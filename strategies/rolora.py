@@ -8,11 +8,9 @@ server dictates the factor from its own round count; a client that was absent ke
 count of its own.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
-from fedlora.adapter import AdapterSpec
-from fedlora.strategies.base import Stats, Strategy, StrategyState, needs_bilinear
+from fedlora.strategies.base import Stats, Strategy, StrategyState, bilinear
 
 
 class RoLora(Strategy):
@@ -22,13 +20,11 @@ class RoLora(Strategy):
     exact = True
     linear = True
     hetero_rank = True
-
-    def check(self, spec: AdapterSpec, ranks: Iterable[int]) -> None:
-        needs_bilinear(self.name, self.traits)
-        super().check(spec, ranks)
+    needs = "bilinear"
+    privacy = frozenset({"record", "client"})
 
     def factors(self, state: StrategyState) -> tuple[str, ...]:
-        return (needs_bilinear(self.name, self.traits)[state.round % 2],)
+        return (bilinear(self.traits)[state.round % 2],)
 
     def refactor(self, state: StrategyState, stats: Stats) -> StrategyState:
         """The mean takes the place of the trained factor.
@@ -38,7 +34,7 @@ class RoLora(Strategy):
         (which changes no product).
         """
         new = super().refactor(state, stats)
-        zero, other = needs_bilinear(self.name, self.traits)
+        zero, other = bilinear(self.traits)
         (trained,) = self.factors(state)
         tensors = dict(new.tensors)
         for layer in state.spec.layers:

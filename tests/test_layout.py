@@ -26,7 +26,10 @@ def test_package_list_is_complete():
         for path in (ROOT / "fedlora").rglob("__init__.py")
     }
     for package, folder in SETUP["package-dir"].items():
-        found |= {package} if (ROOT / folder / "__init__.py").is_file() else set()
+        found |= {
+            ".".join((package, *path.parent.relative_to(ROOT / folder).parts))
+            for path in (ROOT / folder).rglob("__init__.py")
+        }
     assert sorted(found) == SETUP["packages"]
 
 

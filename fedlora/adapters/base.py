@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.adapter import LayerSpec
@@ -35,6 +36,7 @@ class Method(ABC):
             factors averages the change.
         bilinear_factors: (zero-initialised factor, other factor) when the change is their
             product, plus a constant for a method with a derived basis; None otherwise.
+        product: the change is s B A with B (d, r), A (r, k), and nothing else.
         additive: y = base(x) + f(x); otherwise the adapter needs W0 in its forward pass.
         basis_provenance: where frozen tensors come from: a seed (each client makes them and
             compares digests) or derived from W0 (one machine makes them and sends them, for
@@ -46,6 +48,7 @@ class Method(ABC):
     uses_alpha: bool = True
     affine: bool = False
     bilinear_factors: tuple[str, str] | None = None
+    product: bool = False
     additive: bool = True
     basis_provenance: Provenance = "none"
     options: ClassVar[Mapping[str, Any]] = {}
@@ -156,6 +159,16 @@ class Method(ABC):
             seed: the run's seed; factors are drawn from streams named by layer and factor.
         """
 
+    def fresh(self, layer: LayerSpec, seed: int) -> dict[str, Tensor]:
+        """The factors of a new adapter, float32 on the CPU, drawn from the seed alone.
+
+        Raises:
+            AdapterError: they depend on the base as well.
+        """
+        raise AdapterError(
+            f"method {self.name!r} cannot start anew without its base; choose method lora"
+        )
+
     def lowrank(
         self, layer: LayerSpec, factors: Mapping[str, Tensor], basis: Basis
     ) -> tuple[Tensor, Tensor] | None:
@@ -196,6 +209,8 @@ class AdapterLayer(nn.Module, ABC):
         }
         self.dropout = KeyedDropout(dropout, layer.name)
         self.disabled = False
+        # a frozen change of W0: (L (d, rho), Q (rho, k)), or (d, k) where that is smaller
+        self.fold: tuple[Tensor, ...] = ()
 
     @property
     def transposed(self) -> bool:
@@ -249,13 +264,34 @@ class AdapterLayer(nn.Module, ABC):
             y: Tensor = self.base(x)
             return y
         if x.dim() <= 3:
-            return self.adapted(x)
-        # per-sample norms of a linear leaf exist for (batch, tokens, features) only
-        return self.adapted(x.flatten(1, -2)).reshape(*x.shape[:-1], self.layer.out)
+            y = self.adapted(x)
+        else:
+            # per-sample norms of a linear leaf exist for (batch, tokens, features) only
+            y = self.adapted(x.flatten(1, -2)).reshape(*x.shape[:-1], self.layer.out)
+        if not self.fold:
+            return y
+        h = x.to(self.factor_dtype)
+        for factor in reversed(self.fold):
+            h = F.linear(h, factor)
+        return y + h.to(y.dtype)
+
+    def set_fold(self, left: Tensor, right: Tensor) -> None:
+        """From now on the base is W0 + left @ right; left (d, rho), right (rho, k)."""
+        d, rho = left.shape
+        if rho == 0:
+            self.fold = ()
+            return
+        factors = (
+            (left, right)
+            if rho * (d + right.shape[1]) < left.shape[0] * right.shape[1]
+            else (left.double() @ right.double(),)
+        )
+        self.fold = tuple(f.to(self.weight.device, self.factor_dtype) for f in factors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterLayer":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.basis = {name: tensor.to(self.weight.device) for name, tensor in self.basis.items()}
+        self.fold = tuple(tensor.to(self.weight.device) for tensor in self.fold)
         return self
 
     def merge(self) -> None:

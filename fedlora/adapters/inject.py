@@ -117,10 +117,30 @@ class AdaptedModel:
             self.layers[layer.name] = adapted
 
     def rerank(self, spec: AdapterSpec) -> None:
-        """Gives every layer the rank that `spec` (same layers) says; factors start anew."""
+        """Gives every layer the rank that `spec` (same layers) says; factors start anew.
+
+        The method may change as well, e.g. to a LoRA that holds a product and its folds.
+        """
         if spec != self.spec:
             self.spec = spec
+            self.method = METHODS[spec.method]
             self._attach()
+
+    def fold(self, versions: Iterable[Tensors]) -> None:
+        """Changes the base to W0 + sum L Q; without versions it is W0 again.
+
+        Args:
+            versions: layer + ".L" (d, rho) and layer + ".Q" (rho, k) of every layer.
+        """
+        versions = list(versions)
+        for name, layer in self.layers.items():
+            if not versions:
+                layer.fold = ()
+                continue
+            layer.set_fold(
+                torch.cat([version[f"{name}.L"] for version in versions], 1),
+                torch.cat([version[f"{name}.Q"] for version in versions], 0),
+            )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every factor and head parameter by full name, sorted."""

@@ -34,6 +34,7 @@ class Lora(Method):
     """
 
     bilinear_factors = ("B", "A")
+    product = True
 
     def __init__(self, name: str, *, stabilised: bool = False) -> None:
         self.name = name
@@ -55,9 +56,12 @@ class Lora(Method):
         dropout: float,
         options: Mapping[str, Any],
     ) -> "LoraLayer":
+        new = self.fresh(layer, seed)
+        return LoraLayer(base, layer, self, new["A"], new["B"], dropout)
+
+    def fresh(self, layer: LayerSpec, seed: int) -> dict[str, Tensor]:
         a = kaiming_uniform(layer.rank, layer.inp, seed, "init", layer.name, "A")
-        b = torch.zeros(layer.out, layer.rank)
-        return LoraLayer(base, layer, self, a, b, dropout)
+        return {"A": a, "B": torch.zeros(layer.out, layer.rank)}
 
     def lowrank(
         self, layer: LayerSpec, factors: Mapping[str, Tensor], basis: Basis

@@ -163,6 +163,9 @@ class FederationSection(Section):
     """fedit, ffa-lora, rolora, `file.py:Class` or `package.module:Class`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
+    wrappers: list[dict[str, Any]] = []
+    """What stands around the strategy, e.g. [{name = "multi-krum", hostile = 2}]. The first
+    sees the updates first."""
     rounds: Positive = 5
     """Rounds of the run."""
     clients_per_round: Positive | None = None

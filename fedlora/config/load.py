@@ -14,7 +14,6 @@ from fedlora.errors import ConfigError, near_miss
 # tables that later versions honour: refused by name, never ignored
 NOT_YET = {
     "privacy": "this version trains without differential privacy",
-    "federation.wrappers": "this version has no wrappers around strategies",
 }
 
 

@@ -10,10 +10,20 @@ from fedlora.config.job import TrainingSection
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: TrainingSection
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainingSection,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over `parameters`, in the order of their names."""
-    ordered = [parameters[name] for name in sorted(parameters)]
+    """AdamW or SGD over `parameters`, in the order of their names.
+
+    Args:
+        rates: factor -> multiplier of the learning rate, kept as "multiplier" of its group.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name in sorted(parameters):
+        multiplier = (rates or {}).get(name.rpartition(".")[2], 1.0)
+        groups.setdefault(multiplier, []).append(parameters[name])
+    ordered = [{"params": members, "multiplier": m} for m, members in groups.items()]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(
             ordered, lr=settings.learning_rate, weight_decay=settings.weight_decay

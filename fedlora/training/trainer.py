@@ -22,6 +22,7 @@ from fedlora.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
 )
+from fedlora.training.terms import Term
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class LocalWork:
         first_step: optimiser steps of earlier rounds, for the schedule.
         total_steps: optimiser steps of the whole run, likewise.
         seed, client, round: name the streams of data order and dropout.
+        stream: further name of the stream of data order.
+        rates: factor -> multiplier of the learning rate.
+        terms: what the federation adds to the client's own gradient.
     """
 
     factors: tuple[str, ...]
@@ -43,6 +47,9 @@ class LocalWork:
     seed: int
     client: str
     round: int
+    stream: str = "data"
+    rates: Mapping[str, float] = field(default_factory=dict)
+    terms: Sequence[Term] = ()
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,12 @@ class LocalResult:
         loss: mean loss in nats over all tokens (or examples) seen; None without a step.
         count: tokens (or examples) seen.
         moments: the optimiser's state by name.
+        rate_sum: sum of the steps' learning rates, multipliers apart.
     """
 
     loss: float | None
     count: int
+    rate_sum: float
     moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -86,16 +95,16 @@ def train(
     model = adapted.model
     device = next(model.parameters()).device
     parameters = adapted.train_only(work.factors)
-    optimizer = make_optimizer(parameters, settings)
+    optimizer = make_optimizer(parameters, settings, work.rates)
     restore_optimizer(optimizer, parameters, moments or {})
     order = batch_order(
         len(examples),
         settings.batch_size,
         work.steps * settings.accumulation,
-        generator(work.seed, "data", work.client, work.round),
+        generator(work.seed, work.stream, work.client, work.round),
     )
     batches = loader(examples, order, pad_id, settings.num_workers)
-    loss, count = 0.0, 0
+    loss, count, rate_sum = 0.0, 0, 0.0
     model.train()
     for module in model.modules():
         # a norm over the batch would otherwise change the frozen base
@@ -124,13 +133,16 @@ def train(
                     f"{work.round}; lower training.learning_rate or set training.max_grad_norm"
                 )
             count += step_count
-            _step(optimizer, parameters, settings, work, step, step_count)
+            rate_sum += _step(optimizer, parameters, settings, work, step, step_count)
     finally:
         if settings.gradient_checkpointing:
             _checkpointing(adapted, on=False)
         model.eval()
     return LocalResult(
-        loss / count if count else None, count, optimizer_tensors(optimizer, parameters)
+        loss / count if count else None,
+        count,
+        rate_sum,
+        optimizer_tensors(optimizer, parameters),
     )
 
 
@@ -141,17 +153,23 @@ def _step(
     work: LocalWork,
     step: int,
     count: int,
-) -> None:
+) -> float:
+    """Moves the parameters and says at what learning rate."""
     for parameter in parameters.values():
         if parameter.grad is not None:
             parameter.grad.div_(max(1, count))
+    for term in work.terms:
+        term.edit_gradients(parameters)
     if settings.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
     rate = learning_rate(settings, work.first_step + step, work.total_steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["multiplier"]
     optimizer.step()
+    for term in work.terms:
+        term.after_step(parameters)
     optimizer.zero_grad()
+    return rate
 
 
 def _checkpointing(adapted: AdaptedModel, *, on: bool) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fedlora.server.aggregation_error as module
-from fedlora.adapter import split_name
+from fedlora.adapter import AdapterState, split_name
 from fedlora.adapters import METHODS
 from fedlora.linalg import product_norm, stack
 from fedlora.server.aggregation_error import Trained, aggregation_error
@@ -27,11 +27,15 @@ def trained(updates):
     return [Trained(up.weight / total, up.delta.spec, reader(ended_with(up))) for up in updates]
 
 
+def no_fold(layer):
+    return None
+
+
 def measured(chosen, state, basis, updates):
     """(reported error, dense error) of the state after a round."""
-    new = chosen.refactor(state, chosen.reduce(state, lambda: iter(updates)))
+    new = chosen.refactor(state, chosen.reduce(state, updates))
     method = METHODS[state.spec.method]
-    found = aggregation_error(method, state.spec, basis, trained(updates), new.tensors)
+    found = aggregation_error(method, basis, trained(updates), chosen.global_delta(new), no_fold)
     exact = mean_change(updates, basis)
     merged = change(state.spec, {k: v.double() for k, v in new.tensors.items()}, basis)
     gap = math.sqrt(sum(float((exact[k] - merged[k]).norm() ** 2) for k in exact))
@@ -92,7 +96,9 @@ def test_bone_is_measured_in_its_factors(method):
         for k in state.tensors
     }
     off = {k: 1.25 * v for k, v in mean.items()}
-    found = aggregation_error(METHODS[method], state.spec, basis, clients, off)
+    found = aggregation_error(
+        METHODS[method], basis, clients, AdapterState(state.spec, off), no_fold
+    )
     assert found == pytest.approx(0.25)
 
 
@@ -115,9 +121,12 @@ def test_nothing_trained_is_no_error():
         for up in updates
     ]
     method = METHODS["lora"]
-    assert aggregation_error(method, state.spec, basis, clients, zero) == 0.0
+    assert aggregation_error(method, basis, clients, AdapterState(state.spec, zero), no_fold) == 0.0
     ones = {k: torch.ones_like(v) for k, v in zero.items()}
-    assert aggregation_error(method, state.spec, basis, clients, ones) == math.inf
+    assert (
+        aggregation_error(method, basis, clients, AdapterState(state.spec, ones), no_fold)
+        == math.inf
+    )
 
 
 def test_measuring_changes_no_input():

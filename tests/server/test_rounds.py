@@ -147,7 +147,7 @@ def test_a_claimed_loss_cannot_end_a_run(make, loss):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_evaluation_that_is_not_finite_does_not_end_a_run(make, value):
     run = make()
-    run.evaluate = lambda adapter: {"loss": value, "accuracy": 0.5}
+    run.evaluate = lambda state, adapter: {"loss": value, "accuracy": 0.5}
     run.go()
     assert standing(run) == 3
     assert [event["eval"] for event in run.rounds()] == [{"accuracy": 0.5}] * 3

@@ -13,7 +13,7 @@ import torch
 from fedlora.adapter import AdapterState, trained_shapes, with_rank
 from fedlora.adapters import METHODS
 from fedlora.checkpoint import RunStore
-from fedlora.messages import ClientUpdate
+from fedlora.messages import ClientUpdate, Start
 from fedlora.seeds import generator
 from fedlora.server.admission import Limits
 from fedlora.server.attempt import RoundSettings, RunParts, split_parts
@@ -59,11 +59,11 @@ class ToyLink:
     def answer(self, task, parts):
         broadcast = decode_broadcast(task.manifest)
         plan, method = broadcast.plan, METHODS[self.spec.method]
-        spec = with_rank(self.spec, plan.rank) if plan.rank != self.spec.rank else self.spec
+        spec = with_rank(self.spec, plan.rank)
         shapes = trained_shapes(spec, method)
         start = {}
         for part, digest in broadcast.parts.items():
-            names = split_parts(AdapterState(spec, dict.fromkeys(shapes)), {})[part]
+            names = split_parts(Start(AdapterState(spec, dict.fromkeys(shapes))), {})[part]
             start |= decode_part(parts[digest], digest, {name: shapes[name] for name in names})
         sent = trained_shapes(spec, method, plan.factors)
         update = ClientUpdate(

@@ -77,7 +77,7 @@ def run(strategy, goals, *, rounds=40, steps=20, rate=0.05, scale=1.0, seed=0, r
         state = replace(state, tensors={k: v.double() for k, v in state.tensors.items()})
     trace = Trace([], [])
     for number in range(1, rounds + 1):
-        given = chosen.broadcast(state, ClientInfo("any", rank))
+        given = chosen.broadcast(state, ClientInfo("any", rank)).adapter
         factors = chosen.factors(state)
         a, b = train(given.tensors, factors, goals, steps=steps, rate=rate, scale=scale)
         ended = {A: a, B: b}
@@ -98,7 +98,7 @@ def run(strategy, goals, *, rounds=40, steps=20, rate=0.05, scale=1.0, seed=0, r
             )
             for i in range(len(goals))
         ]
-        stats = chosen.reduce(state, lambda: iter(updates))  # noqa: B023
+        stats = chosen.reduce(state, updates)
         new = chosen.refactor(state, stats)
         if exact:
             new = replace(new, tensors={**state.tensors, **stats.mean()})

@@ -6,9 +6,9 @@ import torch
 
 from fedlora.adapter import AdapterState, split_name, trained_shapes
 from fedlora.adapters import METHODS
-from fedlora.messages import ClientUpdate
+from fedlora.messages import ClientUpdate, RoundPlan
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import ClientInfo
+from fedlora.strategies.base import ClientInfo, Conditions
 from tests.adapters import dense
 from tests.server.cases import make_spec, randn, random_state, with_basis
 
@@ -30,11 +30,17 @@ def make(strategy, method="lora", number=0, rank=2, **spec):
     return chosen, replace(state, round=number), basis
 
 
+def expected(chosen, state, info):
+    """Shapes of what the client must send in the next round."""
+    plan = RoundPlan("run", state.round + 1, 0, info.name, (), info.rank, 1)
+    return chosen.expect(state, chosen.plan(state, info, plan))
+
+
 def update(chosen, state, name, seed, weight=1.0, rank=None, size=0.5):
     """A client that moved every planned tensor at random, with a float64 delta."""
     info = ClientInfo(name, rank or state.spec.rank)
-    start = chosen.broadcast(state, info)
-    shapes = chosen.expect(state, info)
+    start = chosen.broadcast(state, info).adapter
+    shapes = expected(chosen, state, info)
     delta = {
         k: size * randn(*v, seed=97 * seed + i, dtype=torch.float64)
         for i, (k, v) in enumerate(shapes.items())
@@ -52,6 +58,10 @@ def update(chosen, state, name, seed, weight=1.0, rank=None, size=0.5):
     )
 
 
+def check(chosen, spec, ranks, **given):
+    chosen.check(Conditions(spec, ranks, **given))
+
+
 def cohort(chosen, state, ranks=(None,) * 4, weights=WEIGHTS):
     return [
         update(chosen, state, name, seed, weight, rank)
@@ -61,8 +71,7 @@ def cohort(chosen, state, ranks=(None,) * 4, weights=WEIGHTS):
 
 def merged(chosen, state, updates):
     """The next global tensors before they are rounded to float32."""
-    stats = chosen.reduce(state, lambda: iter(updates))
-    assert stats.num_updates == len(updates)
+    stats = chosen.reduce(state, updates)
     return {**{k: v.double() for k, v in state.tensors.items()}, **stats.mean()}
 
 

@@ -18,9 +18,11 @@ from tests.strategies.rounds import (
     NAMES,
     WEIGHTS,
     change,
+    check,
     cohort,
     distance,
     ended_with,
+    expected,
     factor_names,
     make,
     mean_change,
@@ -82,9 +84,9 @@ def test_ffa_never_asks_for_the_frozen_factor_and_never_changes_it():
     chosen, state, _ = make("ffa-lora")
     first = state
     for _ in range(4):
-        assert not [k for k in chosen.expect(state, ClientInfo("ann", 2)) if k.endswith(".A")]
+        assert not [k for k in expected(chosen, state, ClientInfo("ann", 2)) if k.endswith(".A")]
         updates = cohort(chosen, state)
-        state = chosen.refactor(state, chosen.reduce(state, lambda: iter(updates)))  # noqa: B023
+        state = chosen.refactor(state, chosen.reduce(state, updates))
         for name in factor_names(state.spec, "A"):
             assert torch.equal(state.tensors[name], first.tensors[name])
 
@@ -97,7 +99,7 @@ def test_one_factor_costs_d_of_d_plus_k(strategy):
     info = ClientInfo("ann", 2)
     data = [
         expected_size(shapes) - len(header(shapes))
-        for shapes in (chosen.expect(state, info), fedit.expect(whole, info))
+        for shapes in (expected(chosen, state, info), expected(fedit, whole, info))
     ]
     d = sum(layer.out for layer in state.spec.layers)
     k = sum(layer.inp for layer in state.spec.layers)
@@ -112,7 +114,7 @@ def test_rolora_takes_turns_and_starts_with_the_factor_that_is_zero():
     for number in range(6):
         turns.append(chosen.factors(state))
         updates = cohort(chosen, state)
-        new = chosen.refactor(state, chosen.reduce(state, lambda: iter(updates)))  # noqa: B023
+        new = chosen.refactor(state, chosen.reduce(state, updates))
         frozen = "A" if turns[-1] == ("B",) else "B"
         for name in factor_names(state.spec, frozen):
             assert torch.equal(new.tensors[name], state.tensors[name])
@@ -134,7 +136,7 @@ MIXED = ((4, 1, 2, 3), (1, 1, 2, 2), (1, 1, 1, 1), (4, 4, 4, 4))
 def test_unequal_ranks_average_to_the_exact_mean(strategy, method, number, ranks):
     """T = sum_i p_i s B_i A_i from the clients' own small factors, without any padding."""
     chosen, state, basis = make(strategy, method, number, rank=4)
-    chosen.check(state.spec, ranks)
+    check(chosen, state.spec, ranks)
     updates = cohort(chosen, state, ranks)
     found = change(state.spec, merged(chosen, state, updates), basis)
     assert distance(found, mean_change(updates, basis)) < 1e-13
@@ -148,21 +150,20 @@ def test_unequal_ranks_are_refused_where_padding_is_not_exact(strategy):
     found = change(state.spec, merged(chosen, state, updates), basis)
     assert distance(found, mean_change(updates, basis)) > 1e-3
     with pytest.raises(ConfigError, match=r"factor b of method 'vera' is not made of slots"):
-        chosen.check(state.spec, [4, 1, 2, 3])
+        check(chosen, state.spec, [4, 1, 2, 3])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_a_small_client_holds_the_leading_slots_at_the_scale_of_the_whole(rank):
     chosen, state, basis = make("ffa-lora", rank=4)
-    start = chosen.broadcast(state, ClientInfo("ann", rank))
+    start = chosen.broadcast(state, ClientInfo("ann", rank)).adapter
     assert start.spec == with_rank(state.spec, rank)
     assert {layer.scale for layer in start.spec.layers} == {2.0}
     for layer in state.spec.layers:
         a, b = f"{layer.name}.A", f"{layer.name}.B"
         assert torch.equal(start.tensors[a], state.tensors[a][:rank])
         assert torch.equal(start.tensors[b], state.tensors[b][:, :rank])
-    expected = chosen.expect(state, ClientInfo("ann", rank))
-    assert expected["p.B"] == (6, rank)
+    assert expected(chosen, state, ClientInfo("ann", rank))["p.B"] == (6, rank)
     whole, part = (change(s.spec, s.tensors, basis) for s in (state, start))
     for layer in state.spec.layers:
         a, b = state.tensors[f"{layer.name}.A"], state.tensors[f"{layer.name}.B"]
@@ -189,7 +190,7 @@ def test_no_slot_of_rolora_dies(present, seed):
             for i, (name, rank) in enumerate(zip(NAMES, ranks, strict=False))
         ]
         exact = mean_change(updates, {})
-        state = chosen.refactor(state, chosen.reduce(state, lambda: iter(updates)))  # noqa: B023
+        state = chosen.refactor(state, chosen.reduce(state, updates))
         for layer in state.spec.layers:
             b, a = state.tensors[f"{layer.name}.B"], state.tensors[f"{layer.name}.A"]
             assert bool(((b != 0).any(0) | (a != 0).any(1)).all())
@@ -205,7 +206,7 @@ def test_a_slot_that_nobody_held_has_a_gradient_again():
             update(chosen, state, name, i, 1.0, rank)
             for i, (name, rank) in enumerate(zip(NAMES, ranks, strict=False))
         ]
-        state = chosen.refactor(state, chosen.reduce(state, lambda: iter(updates)))  # noqa: B023
+        state = chosen.refactor(state, chosen.reduce(state, updates))
     b, a = (state.tensors[f"p.{f}"].double() for f in "BA")
     gap = 2.0 * b @ a - torch.ones(6, 5, dtype=torch.float64)
     slots = (gap @ a.T).abs().amax(0) + (b.T @ gap).abs().amax(1)
