@@ -5,6 +5,7 @@ from fedlora.strategies.fedex_lora import FedExLora
 from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.ffa_lora import FfaLora
 from fedlora.strategies.flexlora import FlexLora
+from fedlora.strategies.flora import Flora
 from fedlora.strategies.rolora import RoLora
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -12,6 +13,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedit": FedIT,
     "ffa-lora": FfaLora,
     "flexlora": FlexLora,
+    "flora": Flora,
     "rolora": RoLora,
 }
 
