@@ -6,6 +6,7 @@ from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.ffa_lora import FfaLora
 from fedlora.strategies.flexlora import FlexLora
 from fedlora.strategies.flora import Flora
+from fedlora.strategies.lora_fair import LoraFair
 from fedlora.strategies.rolora import RoLora
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -14,6 +15,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "ffa-lora": FfaLora,
     "flexlora": FlexLora,
     "flora": Flora,
+    "lora-fair": LoraFair,
     "rolora": RoLora,
 }
 
