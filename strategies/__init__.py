@@ -3,6 +3,7 @@
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.fedex_lora import FedExLora
 from fedlora.strategies.fedit import FedIT
+from fedlora.strategies.fedsvd import FedSvd
 from fedlora.strategies.ffa_lora import FfaLora
 from fedlora.strategies.flexlora import FlexLora
 from fedlora.strategies.flora import Flora
@@ -12,6 +13,7 @@ from fedlora.strategies.rolora import RoLora
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedex-lora": FedExLora,
     "fedit": FedIT,
+    "fedsvd": FedSvd,
     "ffa-lora": FfaLora,
     "flexlora": FlexLora,
     "flora": Flora,
