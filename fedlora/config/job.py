@@ -160,7 +160,8 @@ class FederationSection(Section):
     """Who takes part and how updates are merged."""
 
     strategy: str = "fedit"
-    """fedit, ffa-lora, rolora, `file.py:Class` or `package.module:Class`."""
+    """fedex-lora, fedit, fedsvd, ffa-lora, flexlora, flora, lora-fair, rolora, `file.py:Class`
+    or `package.module:Class`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []
