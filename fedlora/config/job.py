@@ -105,11 +105,12 @@ class AdapterSection(Section):
     """What is trained on top of the frozen base."""
 
     method: str = "lora"
-    """lora, rslora, dora, pissa, vera, miss, bone-row or bone-col."""
+    """lora, rslora, dora, pissa, lora-xs, vera, miss, bone-row or bone-col."""
     rank: Positive = 8
     """Rank r (block size b for bone)."""
     alpha: Annotated[float, Field(gt=0.0)] | None = None
-    """Numerator of the scale alpha / r; by default 2 * rank (rank for pissa)."""
+    """Numerator of the scale alpha / r; by default 2 * rank (rank for pissa
+    and lora-xs)."""
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names, name endings or regular expressions of the linear layers to adapt.
     "all-linear" is every linear layer but heads and embeddings."""

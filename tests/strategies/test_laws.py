@@ -199,7 +199,7 @@ def test_options_that_no_one_knows_are_refused(strategy, number):
 
 
 @pytest.mark.parametrize("strategy", ["ffa-lora", "rolora"])
-@pytest.mark.parametrize("method", ["miss", "bone-col", "bone-row", "dora"])
+@pytest.mark.parametrize("method", ["lora-xs", "miss", "bone-col", "bone-row", "dora"])
 def test_strategies_that_freeze_a_factor_need_a_pair_of_them(strategy, method, number):
     spec = make_spec(method)
     with pytest.raises(ConfigError, match="choose strategy fedit, or method lora") as caught:
