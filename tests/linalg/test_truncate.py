@@ -75,9 +75,10 @@ def test_the_largest_entry_of_every_column_of_b_is_positive(split):
 @given(st.integers(2, 8), st.lists(st.sampled_from([-1.0, 1.0]), min_size=8, max_size=8), SEEDS)
 def test_of_tied_entries_the_first_is_positive(d, signs, seed):
     """Rounding differs between orders of the clients; it must not choose the sign."""
-    right = randn(1, 5, draws=generator(seed))
+    draws = generator(seed)
     column = torch.tensor(signs[:d], dtype=torch.float64)[:, None]
-    b, _, _ = truncate(column / 3, right, 1)
+    left = column * randn(1, 3, draws=draws)  # (d, 3), of rank 1
+    b, _, _ = truncate(left, randn(3, 5, draws=draws), 1)
     torch.testing.assert_close(b / b.norm(), column * column[0] / math.sqrt(d))
     assert b[0] > 0
 
