@@ -173,6 +173,14 @@ class RunStore:
                 self.fallback = f"{'; '.join(problems)}; continuing from round {committed.round}"
             return committed
 
+    def load_round(self, number: int) -> Committed:
+        """Round `number`, which may be an older one.
+
+        Raises:
+            RunFolderError: it is not kept, or not intact.
+        """
+        return self._read(number, self._digest(number))
+
     def record(self, number: int) -> dict[str, Any] | None:
         """The record of round `number`, or None when it is not kept or not intact."""
         try:

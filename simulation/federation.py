@@ -28,6 +28,7 @@ from fedlora.evaluate import evaluate, exact_match
 from fedlora.messages import ClientUpdate
 from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
 from fedlora.server.admission import Limits
+from fedlora.server.buffered import BufferedRounds, BufferSettings
 from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.server.run_parts import Event, RoundSettings, RunParts
 from fedlora.simulation.local import LocalLink
@@ -197,8 +198,15 @@ class Federation:
                 optimizer=job.training.optimizer,
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
+                asynchronous=job.federation.mode == "async",
             )
         )
+        federation = job.federation
+        if federation.mode == "async" and federation.buffer > len(self.clients):
+            raise ConfigError(
+                f"federation.buffer = {federation.buffer} is more than the {len(self.clients)} "
+                "clients of the federation; choose at most that"
+            )
         self.link = LocalLink(self.scenario, self._work, progress)
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
@@ -304,7 +312,11 @@ class Federation:
                 local_steps=job.training.local_steps,
                 optimizer_state=job.training.optimizer_state,
                 evaluate_every=job.evaluation.every,
-                keep_rounds=job.run.keep_rounds,
+                # clients at work need the versions they started from, also after a crash
+                keep_rounds=max(
+                    job.run.keep_rounds,
+                    federation.max_staleness + 2 if federation.mode == "async" else 0,
+                ),
                 keep_every=job.run.keep_every,
                 limits=Limits(
                     federation.max_update_norm,
@@ -316,7 +328,21 @@ class Federation:
             emit=emit,
         )
         initial = self.strategy.init(self.loaded.initial)
-        return run_rounds(parts, resume_state(committed, initial), until)
+        state = resume_state(committed, initial)
+        if federation.mode == "sync":
+            return run_rounds(parts, state, until)
+        buffered = BufferedRounds(
+            parts,
+            self.link,
+            BufferSettings(
+                federation.buffer,
+                federation.clients_per_round,
+                federation.max_staleness,
+                federation.server_rate,
+            ),
+            lambda version: resume_state(store.load_round(version), initial),
+        )
+        return buffered.go(state, committed, until)
 
     def scores(self, examples: list[Example]) -> Scores:
         """Figures of the model as it stands."""

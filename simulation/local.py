@@ -1,6 +1,7 @@
 """LocalLink: every client in this process, through the same bytes as over a network."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedlora.errors import FedloraError, StorageError
 from fedlora.messages import ClientUpdate
@@ -12,8 +13,18 @@ from fedlora.wire import decode_broadcast, encode_update
 Work = Callable[[str, bytes, Callable[[str], bytes]], ClientUpdate]
 
 
+@dataclass(frozen=True)
+class _Due:
+    """Submitted work, done when its reply is due."""
+
+    seconds: float
+    task: Task
+    parts: Mapping[str, bytes]
+    deadline_s: float
+
+
 class LocalLink:
-    """Runs tasks one after the other.
+    """Runs tasks one after the other, or, submitted, in the order in which they are due.
 
     Args:
         scenario: who exists, who is absent, slow or hostile.
@@ -29,9 +40,40 @@ class LocalLink:
         self.progress = progress
         # digests of the parts each client holds from earlier rounds
         self._held: dict[str, frozenset[str]] = {}
+        # of asynchronous work: virtual seconds so far, and what is at work
+        self._clock = 0.0
+        self._queue: dict[str, _Due] = {}
 
     def roster(self) -> Sequence[ClientInfo]:
         return self.scenario.clients
+
+    def submit(
+        self, task: Task, parts: Mapping[str, bytes], deadline_s: float, due: float | None = None
+    ) -> float:
+        plan = decode_broadcast(task.manifest).plan
+        if due is None:
+            seconds = self.scenario.virtual_seconds(task.client, plan.local_steps)
+            if self.scenario.absent(task.client, plan.round, plan.attempt):
+                seconds = deadline_s
+            due = self._clock + min(seconds, deadline_s)
+        self._queue[task.client] = _Due(due, task, parts, deadline_s)
+        return due
+
+    def next_reply(self) -> Reply:
+        client = min(self._queue, key=lambda name: (self._queue[name].seconds, name))
+        due = self._queue.pop(client)
+        self._clock = max(self._clock, due.seconds)
+        reply = self._one(due.task, due.parts, due.deadline_s)
+        return reply or Reply(client, b"", b"", 0, due.seconds)
+
+    def cancel(self, client: str) -> None:
+        del self._queue[client]
+
+    def clock(self) -> float:
+        return self._clock
+
+    def set_clock(self, seconds: float) -> None:
+        self._clock = seconds
 
     def exchange(
         self, tasks: Sequence[Task], parts: Mapping[str, bytes], deadline_s: float

@@ -171,6 +171,16 @@ class FederationSection(Section):
     """Rounds of the run."""
     clients_per_round: Positive | None = None
     """Clients chosen per round; by default all."""
+    mode: Literal["sync", "async"] = "sync"
+    """sync waits for the clients of a round; async merges whenever `buffer` updates have come
+    (FedBuff), each weighted by its staleness. Then `clients_per_round` clients are at work at
+    the same time, all updates count alike, and `quorum` does not apply."""
+    buffer: Positive = 4
+    """async: updates per merge, each of which is a round."""
+    max_staleness: Annotated[int, Field(ge=0)] = 10
+    """async: an update of an adapter older than so many versions is rejected."""
+    server_rate: Annotated[float, Field(gt=0.0)] = 1.0
+    """async: factor of the merged change."""
     quorum: Positive | None = None
     """Fewest updates a round needs; by default two thirds of those chosen, rounded up."""
     deadline_s: Annotated[float, Field(gt=0.0)] = 600.0
@@ -287,6 +297,14 @@ class Job(Section):
                 f"federation.quorum = {federation.quorum} is more than the {most} clients of a "
                 "round; choose at most that"
             )
+        if federation.mode == "async":
+            if federation.quorum:
+                problems.append('federation.quorum has no meaning with mode = "async"; remove it')
+            if most and federation.buffer > most:
+                problems.append(
+                    f"federation.buffer = {federation.buffer} is more than the {most} clients at "
+                    "work at the same time; choose at most that"
+                )
         if any(hostile.kind == "label-flip" for hostile in self.scenario.hostile) and (
             self.model.task == "causal-lm"
         ):
