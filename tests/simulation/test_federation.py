@@ -200,8 +200,26 @@ def test_moments_are_kept_by_the_client_only_if_asked(make):
     for state, kept in (("reset", False), ("keep", True)):
         run = make(state, training={"optimizer_state": state})
         run.go()
-        found = sorted(p.name for p in (run.folder / "clients").rglob("*.safetensors"))
-        assert found == kept * (["0002.safetensors"] * 3 + ["0003.safetensors"] * 3)
+        found = sorted(p.name for p in (run.folder / "clients").rglob("*.state"))
+        assert found == kept * (["0002.state"] * 3 + ["0003.state"] * 3)
+
+
+def test_moments_that_were_damaged_are_refused_until_they_are_removed(make):
+    run = make(training={"optimizer_state": "keep"})
+    run.go(until=2)
+    (kept,) = (run.folder / "clients" / "client-001").glob("0002.*")
+    data = bytearray(kept.read_bytes())
+    data[-1] ^= 1
+    kept.write_bytes(data)
+    run.go()
+    (rejected,) = run.of("rejected")
+    assert (rejected["client"], rejected["code"]) == ("client-001", "CLIENT_ERROR")
+    assert str(kept) in rejected["detail"]
+    assert run.of("round")[-1]["clients"] == ["client-000", "client-002"]
+    kept.unlink()
+    (run.folder / "rounds" / "0003" / "global.safetensors").unlink()
+    run.go()
+    assert len(run.of("rejected")) == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory\nmore"), KeyError("x"), OSError()])
