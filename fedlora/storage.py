@@ -45,6 +45,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def file_above(path: Path) -> Path | None:
+    """The parent of `path` that is a file, so that nothing can go below it; None if none is."""
+    for parent in path.absolute().parents:
+        if parent.exists():
+            return None if parent.is_dir() else parent
+    return None
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames and new names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

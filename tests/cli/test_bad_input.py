@@ -137,6 +137,20 @@ def test_an_output_folder_in_use_is_refused(cli, job, finished):
     refused(cli("simulate", job, "--out", finished), "not empty", "fedlora resume")
 
 
+def test_an_output_below_a_file_is_refused_by_the_files_name(cli, job, finished, tmp_path):
+    file = tmp_path / "file.txt"
+    file.touch()
+    for out in (file / "run", file / "a" / "run"):
+        for words in (
+            ["simulate", job, "--out", out],
+            ["compare", job, "--out", out],
+            ["export", finished, "--out", out],
+            ["init", out],
+        ):
+            refused(cli(*words), f"{file} is a file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "noise", "foreign"])
 def test_a_corrupt_or_foreign_adapter_is_refused(cli, finished, tmp_path, name, damage):
