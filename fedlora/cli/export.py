@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from fedlora.errors import ConfigError
-from fedlora.storage import file_above
+from fedlora.storage import file_above, staged_folder
 
 
 def run_export(path: Path, out: Path, form: str, model: str | None) -> None:
@@ -26,13 +26,14 @@ def run_export(path: Path, out: Path, form: str, model: str | None) -> None:
         raise ConfigError(f"--out {out}: {above} is a file; choose another folder")
     assembled = assemble(path, model)
     if form == "merged":
-        export_merged(assembled, out)
+        with staged_folder(out) as staging:
+            export_merged(assembled, staging)
         typer.echo(f"wrote {out}: the base model with the adapter in its weights (float32)")
         return
     base_name = assembled.section.name
     builtin = base_name.startswith("builtin:")
-    # the adapter first: a method that peft does not have is refused before anything is written
-    export_to_peft(assembled, out, str((out / "base").resolve()) if builtin else base_name)
-    if builtin:
-        export_base(assembled, out / "base")
+    with staged_folder(out) as staging:
+        export_to_peft(assembled, staging, str((out / "base").resolve()) if builtin else base_name)
+        if builtin:
+            export_base(assembled, staging / "base")
     typer.echo(f"wrote {out}: load it with peft.PeftModel.from_pretrained(base, {str(out)!r})")

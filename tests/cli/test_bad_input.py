@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from fedlora.checkpoint import RunStore
 from fedlora.config.load import load_job
@@ -149,6 +150,30 @@ def test_an_output_below_a_file_is_refused_by_the_files_name(cli, job, finished,
         ):
             refused(cli(*words), f"{file} is a file")
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError(errno.ENOSPC, "No space left"), 3), (KeyboardInterrupt(), 130)]
+)
+def test_an_export_that_stops_midway_leaves_nothing(
+    cli, finished, tmp_path, monkeypatch, form, error, code
+):
+    """The tokenizer, which comes last, cannot be written."""
+    stale = tmp_path / ".out.01234567"  # of a process that was killed
+    stale.mkdir()
+    words = ["export", finished, "--format", form, "--out", tmp_path / "out"]
+
+    def stop(self, folder, **options):
+        assert os.listdir(folder)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", stop)
+        assert cli(*words).code == code
+    assert list(tmp_path.iterdir()) == [stale]
+    assert cli(*words).code == 0
+    assert set(tmp_path.iterdir()) == {stale, tmp_path / "out"}
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
