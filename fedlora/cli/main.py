@@ -173,3 +173,6 @@ def run() -> None:
         sys.exit(e.exit_code)
     except BrokenPipeError:
         sys.exit(EXIT_USAGE)
+    except OSError as e:  # a path that is too long or may not be read; its text names the path
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)

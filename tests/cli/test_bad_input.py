@@ -77,6 +77,39 @@ def test_a_wrong_setting_is_refused(cli, job, tmp_path, override, parts):
     assert not (tmp_path / "run").exists()
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        *(
+            (f"{key}={LONG}", (key, "File name too long"))
+            for key in ("model.name", "data.source", "data.test", "adapter.start")
+        ),
+        (f"federation.strategy={LONG}.py:Mine", ("File name too long",)),
+        ("data.source=''", ("data.source", "at least 1")),
+        *((f"run.name={name!r}", ("run.name",)) for name in ("", "../up", "/abs", LONG)),
+        (r'run.name="a\nb"', ("run.name", "control characters")),
+        (r'run.name="a\u0000b"', ("run.name has a NUL",)),
+        (r'data.text="a\u0000b"', ("data.text has a NUL",)),
+        (r'data.labels=["a\u0000b"]', ("data.labels has a NUL",)),
+        (r'federation.strategy_options={"a\u0000b"=1}', ("federation.strategy_options has a NUL",)),
+        ("model.revision=a\udcffb", ("model.revision has", "no valid UTF-8")),
+    ],
+)
+def test_a_text_that_nothing_can_hold_is_refused(cli, job, tmp_path, override, parts):
+    done = cli("simulate", job, "--out", tmp_path / "run", "-o", override)
+    refused(done, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["simulate", "resume", "evaluate", "export", "inspect", "compare"])
+def test_a_path_that_is_too_long_is_refused(cli, tmp_path, verb):
+    out = ["--out", tmp_path / "out"] if verb in ("export", "compare") else []
+    refused(cli(verb, LONG, *out), "File name too long")
+
+
 def test_all_problems_are_reported_together(cli, job, tmp_path):
     wrong = options("adapter.rnk=3", "federation.strategy=fedti", 'run.seed="x"', "trainng.a=1")
     done = cli("simulate", job, "--out", tmp_path / "run", *wrong)
