@@ -33,11 +33,15 @@ def _absolute(job: Job) -> Job:
     """The job with absolute paths, so that its run can be resumed from anywhere."""
 
     def whole(key: str, name: str | None) -> str | None:
+        if not name:
+            return name
         try:
-            return str(Path(name).absolute()) if name and Path(name).exists() else name
-        except OSError as e:
+            path = Path(name).expanduser()
+            return str(path.absolute()) if path.exists() else name
+        except (OSError, RuntimeError) as e:  # the latter for ~ with an unknown user
+            why = e.strerror if isinstance(e, OSError) else e
             raise ConfigError(
-                f"{key} = {str(name)[:60]!r} cannot be looked up ({e.strerror}); correct the path"
+                f"{key} = {name[:60]!r} cannot be looked up ({why}); correct the path"
             ) from e
 
     return job.model_copy(

@@ -87,6 +87,8 @@ LONG = "x" * 300
             (f"{key}={LONG}", (key, "File name too long"))
             for key in ("model.name", "data.source", "data.test", "adapter.start")
         ),
+        ("data.source=~no-such-user/x", ("data.source", "home directory")),
+        ("adapter.start=~no-such-user/x", ("adapter.start", "home directory")),
         (f"federation.strategy={LONG}.py:Mine", ("File name too long",)),
         ("data.source=''", ("data.source", "at least 1")),
         *((f"run.name={name!r}", ("run.name",)) for name in ("", "../up", "/abs", LONG)),
