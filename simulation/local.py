@@ -15,6 +15,8 @@ Work = Callable[[str, bytes, Callable[[str], bytes]], ClientUpdate]
 class LocalLink:
     """Runs tasks one after the other.
 
+    After a resume, bytes down count once more the parts that clients held before it.
+
     Args:
         scenario: who exists, who is absent, slow or hostile.
         work: (client, manifest, fetch) -> update; does one client's part of a round.
@@ -71,6 +73,9 @@ class LocalLink:
             raise
         except FedloraError as e:
             return Reply(client, b"", b"", down(), seconds, error=str(e))
+        except Exception as e:  # memory that ran out, say; it must not end the round of the others
+            why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+            return Reply(client, b"", b"", down(), seconds, error=why)
         finally:
             # what the broadcast still names is kept; the rest is of no more use
             now = set(broadcast.parts.values())
