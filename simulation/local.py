@@ -26,6 +26,8 @@ class _Due:
 class LocalLink:
     """Runs tasks one after the other, or, submitted, in the order in which they are due.
 
+    After a resume, bytes down count once more the parts that clients held before it.
+
     Args:
         scenario: who exists, who is absent, slow or hostile.
         work: (client, manifest, fetch) -> update; does one client's part of a round.
@@ -113,6 +115,9 @@ class LocalLink:
             raise
         except FedloraError as e:
             return Reply(client, b"", b"", down(), seconds, error=str(e))
+        except Exception as e:  # memory that ran out, say; it must not end the round of the others
+            why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+            return Reply(client, b"", b"", down(), seconds, error=why)
         finally:
             # what the broadcast still names is kept; the rest is of no more use
             now = set(broadcast.parts.values())

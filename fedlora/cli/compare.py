@@ -12,6 +12,7 @@ from fedlora.cli.simulate import read_job
 from fedlora.errors import EXIT_INTERRUPTED, ConfigError, RunFolderError, near_miss
 from fedlora.report.comparison_page import write_comparison
 from fedlora.simulation.comparison import compare
+from fedlora.storage import file_above
 from fedlora.strategies.plugin import find_strategy
 
 BASELINES = ("local", "centralised")
@@ -31,7 +32,7 @@ def run_compare(
 
     Raises:
         ConfigError: unknown strategies or baselines.
-        RunFolderError: `out` holds something else.
+        RunFolderError: `out` holds something else, or lies below a file.
     """
     job = read_job(path, overrides)
     names = _split(strategies)
@@ -52,6 +53,8 @@ def run_compare(
         problems.append("nothing to compare; give --strategies or --baselines")
     if problems:
         raise ConfigError(*problems)
+    if above := file_above(out):
+        raise RunFolderError(f"--out {out}: {above} is a file; choose another folder")
     ours = (out / "runs").is_dir() or (out / "baselines").is_dir()
     if (
         out.is_file()

@@ -2,14 +2,30 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from fedlora.errors import EXIT_INTERRUPTED, EXIT_USAGE, FedloraError
 
+
+class Verbs(TyperGroup):
+    """The verbs; Ctrl-C in any of them ends in a message and exit code 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # further out, click would turn it into a silent exit
+            print("interrupted", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+
+
 app = typer.Typer(
     name="fedlora",
+    cls=Verbs,
     help="Federated fine-tuning of transformers with low-rank adapters.",
     no_args_is_help=True,
     add_completion=False,
@@ -155,8 +171,8 @@ def run() -> None:
         for line in str(e).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
+        sys.exit(EXIT_USAGE)
+    except OSError as e:  # a path that is too long or may not be read; its text names the path
+        print(f"error: {e}", file=sys.stderr)
         sys.exit(EXIT_USAGE)

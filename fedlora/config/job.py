@@ -8,11 +8,20 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _folder_name(name: str) -> str:
+    if not name.isprintable() or not 0 < len(name.encode()) <= 100 or "/" in name:
+        raise ValueError(
+            f"run.name = {name[:60]!r} is no part of a folder name; give 1 to 100 bytes without "
+            "slashes and control characters"
+        )
+    return name
 
 
 class Section(BaseModel):
@@ -39,7 +48,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where examples come from and how a row becomes an example."""
 
-    source: str = "builtin:stdlib"
+    source: Annotated[str, Field(min_length=1)] = "builtin:stdlib"
     """`builtin:stdlib`, a .jsonl/.csv/.tsv/.parquet file, a folder, or a hub id.
     A folder that has one sub-folder per client gives each client its own data; then
     `partition.kind` is "folders". A folder of class folders with pictures is labelled."""
@@ -248,7 +257,7 @@ class EvaluationSection(Section):
 class RunSection(Section):
     """The run itself."""
 
-    name: str = "fedlora"
+    name: Annotated[str, AfterValidator(_folder_name)] = "fedlora"
     """Name of the run; part of the default folder name."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     """Derives every random stream by name."""
