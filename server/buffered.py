@@ -51,10 +51,11 @@ class BufferSettings:
 
 @dataclass(frozen=True)
 class Flight:
-    """A client at work: the version it started from, and when it is due."""
+    """A client at work: the version it started from, at which attempt, and when it is due."""
 
     client: str
     version: int
+    attempt: int
     due: float
 
 
@@ -182,7 +183,7 @@ class BufferedRounds:
             when = self.link.submit(
                 task, parts, self.run.settings.deadline_s, (due or {}).get(task.client)
             )
-            self._flights[task.client] = Flight(task.client, version, when)
+            self._flights[task.client] = Flight(task.client, version, handout.attempt, when)
             self._asked.add(task.client)
 
     def _return_to_work(self, flights: list[Mapping[str, Any]], present: int) -> None:
@@ -192,6 +193,7 @@ class BufferedRounds:
             version, client = int(flight["version"]), str(flight["client"])
             if client in roster:
                 self._open(self.load(version))
+                self._handouts[version].attempt = int(flight["attempt"])
                 self._hand_out(version, [roster[client]], {client: float(flight["due"])})
         # those at work on older versions may still be given the present one
         self._asked -= {f.client for f in self._flights.values() if f.version != present}
