@@ -29,6 +29,7 @@ from fedlora.messages import ClientUpdate
 from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
 from fedlora.server.admission import Limits
 from fedlora.server.attempt import Event, RoundSettings, RunParts
+from fedlora.server.link import Link
 from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.simulation.local import LocalLink
 from fedlora.simulation.metrics import MetricsLog
@@ -193,7 +194,8 @@ class Federation:
             max_update_norm=job.federation.max_update_norm,
         )
         self.strategy.check(self.spec, [client.rank for client in self.scenario.clients])
-        self.link = LocalLink(self.scenario, self._work, progress)
+        self._local = LocalLink(self.scenario, self._work, progress)
+        self.link: Link = self._local
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
         self.sent_basis = loaded.adapted.basis if derived else {}
@@ -262,6 +264,7 @@ class Federation:
         job = self.job
         self._folder = store.folder
         committed = store.load()
+        self._local.remember(store.folder / "held.json", committed.round)
         genesis = store.record(0) or committed.record
         if genesis.get("spec_digest", self.spec.digest()) != self.spec.digest():
             raise RunFolderError(
