@@ -87,19 +87,46 @@ def resume(
 def compare(
     job: Annotated[Path, typer.Argument(help="Job file.")],
     out: Annotated[Path, typer.Option(help="Folder for the comparison; continued if it exists.")],
-    strategies: Annotated[str, typer.Option(help="Names, separated by commas.")] = "fedit",
+    strategies: Annotated[
+        str | None, typer.Option(help="Names, by comma; without any, and no variant, fedit.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One more contender: 'label: section.key=value ...', split as a shell would."
+        ),
+    ] = None,
     baselines: Annotated[str, typer.Option(help="local, centralised or both, by comma.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from run.seed up.")] = 1,
+    skew: Annotated[
+        str, typer.Option(help="Dirichlet alphas, by comma; one block of results each.")
+    ] = "",
+    equal: Annotated[
+        str, typer.Option(help="Read scores at equal rounds, or at equal bytes.")
+    ] = "rounds",
     override: Override = None,
     json: AsJson = False,
 ) -> None:
-    """Compare strategies and baselines at equal local work: one table, one plot.
+    """Compare strategies, variants and baselines over seeds and levels of skew.
 
-    Example: fedlora compare job.toml --strategies fedit,ffa-lora --baselines local --out cmp
+    Differences are paired by seed, to the contender named first (strategies before variants).
+
+    Example: fedlora compare job.toml --strategies fedit,ffa-lora --seeds 3 --skew 0.1,10 --out cmp
     """
     from fedlora.cli.compare import run_compare
 
-    run_compare(job, out, strategies, baselines, seeds, override or [], as_json=json)
+    run_compare(
+        job,
+        out,
+        strategies,
+        baselines,
+        seeds,
+        override or [],
+        variants=variant or [],
+        skew=skew,
+        equal=equal,
+        as_json=json,
+    )
 
 
 @app.command()
