@@ -254,6 +254,21 @@ def test_rows_come_in_blocks_that_make_up_the_layer():
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
+@pytest.mark.parametrize("rank", [1, 5, 30])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_a_cut_is_as_good_as_that_of_the_svd(shape, rank, decay):
+    """Spectra flat and falling to 1e-9 of the largest: the error is Eckart and Young's."""
+    u, _, vh = torch.linalg.svd(draw(*shape), full_matrices=False)
+    sigma = torch.exp(-decay * 0.7 * torch.arange(30, dtype=torch.float64))
+    change = (u * sigma) @ vh
+    b, a = to_lora(change, rank)
+    assert (b.shape, a.shape) == ((shape[0], rank), (rank, shape[1]))
+    least = float((sigma[rank:] ** 2).sum())
+    assert float((b @ a - change).norm()) == pytest.approx(least**0.5, rel=1e-6, abs=1e-8)
+    torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
+
+
 def test_a_dense_change_becomes_a_lora_without_loss():
     for shape in ((5, 8), (8, 5)):
         change = draw(*shape)
