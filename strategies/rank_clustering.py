@@ -153,12 +153,7 @@ def k_means(
     inertias: list[float] = []
     for _ in range(max_iter):
         distances = _distances(squares, products, norms2, signed)
-        nearest, closest = distances.min(dim=1)
-        # a point stays where it is unless another cluster is closer: ties must not cycle
-        if inertias:
-            own = distances.gather(1, labels[:, None])[:, 0]
-            closest = torch.where(nearest < own, closest, labels)
-        closest = fill_empty(closest, distances, weights, len(norms2))
+        closest = fill_empty(distances.argmin(dim=1), distances, weights, len(norms2))
         inner = products.gather(1, closest[:, None])[:, 0]
         aligned = torch.where((inner < 0) & signed, -1.0, 1.0).to(signs)
         if torch.equal(closest, labels) and torch.equal(aligned, signs):

@@ -227,6 +227,16 @@ def test_members_that_cancel_leave_a_zero_slot(mode, reweight):
     assert bool((found[1] == 0).all())
 
 
+@given(seed=st.integers(0, 200))
+def test_rounding_left_by_members_that_cancel_is_not_blown_up(seed):
+    """Three units whose sum is zero but for rounding."""
+    first, second = lora(1, seed), lora(1, seed + 1000)
+    third = (-first[0] - second[0], -first[1] - second[1])
+    options = {"sign_align": False, "balance": False}
+    b, a = merge([first, second, third], [1, 1, 1], 1, mode="paper", **options)
+    assert float((b @ a).norm()) == 0.0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_zero_loras_give_zero(mode):
     b, a = lora(3, 1)
