@@ -165,6 +165,53 @@ def export(
 
 
 @app.command()
+def merge(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Run folders, adapter folders or folders that PEFT saved.")
+    ],
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="task-arithmetic, ties, dare, regmean, lora-lego, flexlora, fedex-lora or flora."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the merged adapter.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One number per adapter, by comma; equal by default.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Change one option of the strategy: key=value.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, if not the recorded one.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="For regmean: texts (.jsonl), one file for all adapters or one each."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For dare and lora-lego.")] = 0,
+    json: AsJson = False,
+) -> None:
+    """Merge trained adapters of one base into one, in PEFT format, without training.
+
+    Example: fedlora merge law medicine --strategy ties --rank 16 --weights 2,1 --out both
+    """
+    from fedlora.cli.merge import run_merge
+
+    run_merge(
+        adapters,
+        strategy,
+        rank=rank,
+        weights=weights,
+        options=option or [],
+        model=model,
+        data=data or [],
+        seed=seed,
+        out=out,
+        as_json=json,
+    )
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Run folder, adapter folder or .safetensors file.")],
     json: AsJson = False,
