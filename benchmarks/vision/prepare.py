@@ -8,6 +8,7 @@ changes the division, the model and the clients.
 """
 
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,25 @@ def prepare(folder: Path, seed: int) -> Path:
     it when each domain is divided between two clients by a Dirichlet draw per class.
     """
     place = folder / f"seed{seed}"
-    if (place / "model" / "accuracy.txt").is_file():
+    if place.is_dir():
         return place
-    place.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pictures, labels = _digits()
     clean, pool, test = split(seed)
-    for name, numbers, train in (("train", pool, True), ("test", test, False)):
-        rows = list(_rows(pictures[numbers], labels[numbers], seed if train else None))
-        pq.write_table(pa.Table.from_pylist(rows), place / f"{name}.parquet")
-    _pretrain(place / "model", pictures, labels, clean, test, seed)
+    # it appears whole, by rename, however many processes want it at once
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        staging = Path(name) / place.name
+        staging.mkdir()
+        for part, numbers, divided in (("train", pool, True), ("test", test, False)):
+            rows = list(_rows(pictures[numbers], labels[numbers], seed if divided else None))
+            pq.write_table(pa.Table.from_pylist(rows), staging / f"{part}.parquet")
+        _pretrain(staging / "model", pictures, labels, clean, test, seed)
+        try:
+            staging.rename(place)
+        except OSError:
+            # one that another process has made meanwhile is the same
+            if not place.is_dir():
+                raise
     return place
 
 
@@ -167,5 +178,4 @@ def _pretrain(
     with quiet():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    # last: it says that the folder is whole
     (folder / "accuracy.txt").write_text(f"{float(hits.float().mean()):.4f} on clean digits\n")

@@ -3,10 +3,10 @@
     PYTHONPATH=. python -m benchmarks.vision.run tune  --settings V1 --arms fedit ffa-lora
     PYTHONPATH=. python -m benchmarks.vision.run score --settings V1 --arms fedit ffa-lora
 
-`tune` tries every learning rate of the grid on a seed that is not scored; `score` runs seeds 0 to
-4 at the rate that was best there. What the file already holds is not run again, so both can be
-interrupted, and processes with different seeds, settings or arms can share a file. An arm is
-`strategy[:option=value;...][+wrapper...]`.
+`tune` tries every learning rate of the grid on a seed that is not scored (100, or --seeds);
+`score` runs seeds 0 to 4 at the rate that was best there. What the file already holds is not
+run again, so both can be interrupted, and processes with different seeds, settings or arms can
+share a file. An arm is `strategy[:option=value;...][+wrapper...]`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.vision.prepare import DOMAINS, TEST, prepare
-from benchmarks.vision.settings import GRID, SETTINGS, TUNING_SEED, Arm, Setting, make_job
+from benchmarks.vision.settings import FIRST_TUNING_SEED, GRID, SETTINGS, Arm, Setting, make_job
 from fedlora.config.job import Job
 from fedlora.errors import RunFailed
 from fedlora.server.attempt import Event
@@ -50,16 +50,6 @@ class Results:
             for line in self.lines()
         )
 
-    def best_rate(self, setting: str, arm: str) -> float | None:
-        """The learning rate with the highest accuracy on the tuning seed; None without any."""
-        tuned = [
-            line
-            for line in self.lines()
-            if (line["setting"], line["arm"], line["seed"]) == (setting, arm, TUNING_SEED)
-            and line["accuracy"] is not None
-        ]
-        return max(tuned, key=lambda line: line["accuracy"])["rate"] if tuned else None
-
     def append(self, line: Line) -> None:
         """One more run; a single write, so that processes can share the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +59,25 @@ class Results:
                 file.seek(-1, 2)
                 text = text if file.read(1) == b"\n" else b"\n" + text
             file.write(text)
+
+
+def is_tuning(line: Line) -> bool:
+    """The run's seed is one that chooses learning rates."""
+    return bool(line["seed"] >= FIRST_TUNING_SEED)
+
+
+def best_rate(lines: Sequence[Line], setting: str, arm: str) -> float | None:
+    """The learning rate with the highest mean accuracy over tuning seeds; None without any.
+
+    A failed run counts as none right. Rates that were tried on fewer seeds do not count.
+    """
+    tried: dict[float, list[float]] = {}
+    for line in lines:
+        if (line["setting"], line["arm"]) == (setting, arm) and is_tuning(line):
+            tried.setdefault(line["rate"], []).append(line["accuracy"] or 0.0)
+    most = max((len(values) for values in tried.values()), default=0)
+    means = {rate: fmean(values) for rate, values in tried.items() if len(values) == most}
+    return max(means, key=means.__getitem__) if means else None
 
 
 def measure(job: Job, loaded: Loaded, folder: Path) -> Line:
@@ -182,23 +191,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("mode", choices=("tune", "score"))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["V1"])
     parser.add_argument("--arms", nargs="+", required=True, type=Arm.parse)
-    parser.add_argument("--seeds", nargs="+", type=int, default=range(5), help="score only")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="default: 100 to tune, 0 to 4 to score"
+    )
     parser.add_argument("--rates", nargs="+", type=float, help="score: instead of the tuned one")
-    parser.add_argument("--results", type=Path, default=Path("vision/results.jsonl"))
-    parser.add_argument("--work", type=Path, default=Path("vision"), help="data and models")
+    parser.add_argument("--results", type=Path, default=Path("runs/vision/results.jsonl"))
+    parser.add_argument("--work", type=Path, default=Path("runs/vision"), help="data and models")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    tune = options.mode == "tune"
+    seeds = options.seeds or ([FIRST_TUNING_SEED] if tune else range(5))
+    if any((seed >= FIRST_TUNING_SEED) != tune for seed in seeds):
+        parser.error(f"seeds from {FIRST_TUNING_SEED} on are for tune, those below for score")
     results = Results(options.results)
     for name in options.settings:
         rates = {}
         for arm in options.arms:
-            best = results.best_rate(name, arm.label)
+            best = best_rate(results.lines(), name, arm.label)
             rates[arm.label] = options.rates or ([] if best is None else [best])
-            if options.mode == "tune":
+            if tune:
                 rates[arm.label] = options.rates or GRID
             if not rates[arm.label]:
                 parser.error(f"{arm.label} has no rate on {name}: run tune, or give --rates")
-        for seed in [TUNING_SEED] if options.mode == "tune" else options.seeds:
+        for seed in seeds:
             runs = [(arm, rate) for arm in options.arms for rate in rates[arm.label]]
             campaign(results, options.work, name, SETTINGS[name], runs, seed, options.threads)
 

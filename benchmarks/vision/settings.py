@@ -11,7 +11,8 @@ from fedlora.config.job import Job
 SCALE = 2.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 GRID = (0.03, 0.1, 0.3, 1.0)
-TUNING_SEED = 100
+FIRST_TUNING_SEED = 100
+"""Seeds from here on choose learning rates and are not scored."""
 
 
 @dataclass(frozen=True)
