@@ -194,7 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seeds", nargs="+", type=int, help="default: 100 to tune, 0 to 4 to score"
     )
-    parser.add_argument("--rates", nargs="+", type=float, help="score: instead of the tuned one")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, help="instead of the grid, or of the tuned rate"
+    )
     parser.add_argument("--results", type=Path, default=Path("runs/vision/results.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("runs/vision"), help="data and models")
     parser.add_argument("--threads", type=int, default=1)
