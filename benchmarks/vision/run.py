@@ -153,6 +153,7 @@ def campaign(
         return
     place = prepare(work, seed)
     loaded = None
+    starts = set()
     for arm, rate in missing:
         job = make_job(setting, arm, place, rate=rate, seed=seed, threads=threads)
         loaded = loaded or load(job)
@@ -160,6 +161,8 @@ def campaign(
         memory = Path("/dev/shm")
         with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
             found = measure(job, loaded, Path(scratch) / "run")
+        starts.add(found["curve"][0][1])
+        assert len(starts) == 1, f"{arm.label}: a run before it has left the shared model changed"
         line = {
             "setting": name,
             "arm": arm.label,
