@@ -24,7 +24,7 @@ from benchmarks.vision.prepare import DOMAINS, TEST, prepare
 from benchmarks.vision.settings import FIRST_TUNING_SEED, GRID, SETTINGS, Arm, Setting, make_job
 from fedlora.config.job import Job
 from fedlora.errors import RunFailed
-from fedlora.server.attempt import Event
+from fedlora.server.run_parts import Event
 from fedlora.simulation.federation import Federation, Loaded, load
 
 ROOT = Path(__file__).parents[2]
