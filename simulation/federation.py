@@ -28,8 +28,8 @@ from fedlora.evaluate import evaluate, exact_match
 from fedlora.messages import ClientUpdate
 from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
 from fedlora.server.admission import Limits
-from fedlora.server.attempt import Event, RoundSettings, RunParts
 from fedlora.server.rounds import resume_state, run_rounds
+from fedlora.server.run_parts import Event, RoundSettings, RunParts
 from fedlora.simulation.local import LocalLink
 from fedlora.simulation.metrics import MetricsLog
 from fedlora.simulation.scenario import Scenario
