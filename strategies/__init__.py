@@ -3,11 +3,13 @@
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.ffa_lora import FfaLora
+from fedlora.strategies.lora_lego import LoraLego
 from fedlora.strategies.rolora import RoLora
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedit": FedIT,
     "ffa-lora": FfaLora,
+    "lora-lego": LoraLego,
     "rolora": RoLora,
 }
 
