@@ -1,12 +1,14 @@
 """Aggregation strategies: one paper per file, looked up by name in `STRATEGIES`."""
 
 from fedlora.strategies.base import Strategy
+from fedlora.strategies.fed_sb import FedSB
 from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.ffa_lora import FfaLora
 from fedlora.strategies.lora_lego import LoraLego
 from fedlora.strategies.rolora import RoLora
 
 STRATEGIES: dict[str, type[Strategy]] = {
+    "fed-sb": FedSB,
     "fedit": FedIT,
     "ffa-lora": FfaLora,
     "lora-lego": LoraLego,
