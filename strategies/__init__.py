@@ -3,6 +3,7 @@
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.fed_sb import FedSB
 from fedlora.strategies.fedit import FedIT
+from fedlora.strategies.fedsa_lora import FedSALora
 from fedlora.strategies.ffa_lora import FfaLora
 from fedlora.strategies.lora_lego import LoraLego
 from fedlora.strategies.rolora import RoLora
@@ -10,6 +11,7 @@ from fedlora.strategies.rolora import RoLora
 STRATEGIES: dict[str, type[Strategy]] = {
     "fed-sb": FedSB,
     "fedit": FedIT,
+    "fedsa-lora": FedSALora,
     "ffa-lora": FfaLora,
     "lora-lego": LoraLego,
     "rolora": RoLora,
