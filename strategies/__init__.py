@@ -5,6 +5,7 @@ from fedlora.strategies.fed_sb import FedSB
 from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.fedsa_lora import FedSALora
 from fedlora.strategies.ffa_lora import FfaLora
+from fedlora.strategies.hetlora import HetLora
 from fedlora.strategies.lora_lego import LoraLego
 from fedlora.strategies.rolora import RoLora
 
@@ -13,6 +14,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedit": FedIT,
     "fedsa-lora": FedSALora,
     "ffa-lora": FfaLora,
+    "hetlora": HetLora,
     "lora-lego": LoraLego,
     "rolora": RoLora,
 }
