@@ -6,6 +6,7 @@ from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.fedsa_lora import FedSALora
 from fedlora.strategies.ffa_lora import FfaLora
 from fedlora.strategies.hetlora import HetLora
+from fedlora.strategies.lora_a2 import LoraA2
 from fedlora.strategies.lora_lego import LoraLego
 from fedlora.strategies.rolora import RoLora
 
@@ -15,6 +16,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedsa-lora": FedSALora,
     "ffa-lora": FfaLora,
     "hetlora": HetLora,
+    "lora-a2": LoraA2,
     "lora-lego": LoraLego,
     "rolora": RoLora,
 }
