@@ -10,7 +10,7 @@ from fedlora.adapters.slots import indices
 from fedlora.client.state import ClientState
 from fedlora.server.admission import expected_size
 from fedlora.strategies import STRATEGIES
-from fedlora.wire import decode_broadcast
+from fedlora.wire import decode_broadcast, decode_own
 from tests.simulation.runs import Run
 
 # (d, k) = (16, 16) and (8, 16), twice each
@@ -187,6 +187,34 @@ def test_lora_a2_sends_its_budget_of_slots_and_nothing_else(make):
             assert fields["metrics"]["trial_steps"] >= 1
     # the budget holds over all layers together, not for each
     assert any(len(set(counts)) > 1 for counts in spread)
+
+
+def test_lora_a2_leaves_the_other_slots_of_the_client_alone(make):
+    """In the client's own model, bit for bit, under weight decay and kept moments."""
+    run = make("lora-a2", training={"weight_decay": 0.5, "optimizer_state": "keep"})
+    checked = []
+
+    def work(federation):
+        def one(client, manifest, fetch):
+            plan = decode_broadcast(manifest).plan
+            start = decode_own(run.file(plan.round - 1))
+            update = federation._work(client, manifest, fetch)
+            ended = federation.loaded.adapted.state().tensors
+            if update.slots is not None:
+                (factor,) = plan.factors
+                for layer, mask in zip(federation.spec.layers, update.slots, strict=True):
+                    name = f"{layer.name}.{factor}"
+                    for slot in range(4):
+                        pick = (slice(None), slot) if factor == "B" else slot
+                        same = torch.equal(ended[name][pick], start[name][pick])
+                        assert same == (slot not in indices(mask, 4))
+                        checked.append(same)
+            return update
+
+        return one
+
+    run.go(work=work)
+    assert set(checked) == {True, False}
 
 
 def test_lora_a2_with_every_slot_is_rolora(make):
