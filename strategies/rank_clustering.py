@@ -153,12 +153,7 @@ def k_means(
     inertias: list[float] = []
     for _ in range(max_iter):
         distances = _distances(squares, products, norms2, signed)
-        nearest, closest = distances.min(dim=1)
-        # a point stays where it is unless another cluster is closer: ties must not cycle
-        if inertias:
-            own = distances.gather(1, labels[:, None])[:, 0]
-            closest = torch.where(nearest < own, closest, labels)
-        closest = _fill_empty(closest, distances, weights, len(norms2))
+        closest = fill_empty(distances.argmin(dim=1), distances, weights, len(norms2))
         inner = products.gather(1, closest[:, None])[:, 0]
         aligned = torch.where((inner < 0) & signed, -1.0, 1.0).to(signs)
         if torch.equal(closest, labels) and torch.equal(aligned, signs):
@@ -170,6 +165,30 @@ def k_means(
         # sum_j w_j |m_j - mu|^2 = sum_j w_j |m_j|^2 - sum_c mass_c |mu_c|^2
         inertias.append(float((weights * squares).sum() - (mass * norms2).sum()))
     return Clustering(labels, signs, tuple(inertias))
+
+
+def fill_empty(labels: Tensor, distances: Tensor, weights: Tensor, clusters: int) -> Tensor:
+    """Give clusters without a member the points that are farthest from their own centroid.
+
+    A point that is alone in its cluster, or at its centroid, stays.
+
+    Args:
+        labels: (R,) cluster of each point; changed in place and returned.
+        distances: (R, K) squared distances to the centroids.
+        weights: (R,) positive; the farthest is by weight times squared distance.
+        clusters: K.
+    """
+    counts = torch.bincount(labels, minlength=clusters)
+    cost = weights * distances.gather(1, labels[:, None])[:, 0]
+    for empty in (counts == 0).nonzero()[:, 0].tolist():
+        candidates = torch.where(counts[labels] > 1, cost, 0.0)
+        farthest = int(candidates.argmax())
+        if candidates[farthest] <= 0:
+            break
+        counts[labels[farthest]] -= 1
+        counts[empty] += 1
+        labels[farthest], cost[farthest] = empty, 0.0
+    return labels
 
 
 def _prepare(a: Tensor, b: Tensor, w: Tensor, balance: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,22 +228,6 @@ def _plus_plus(
         nearest = torch.minimum(nearest, column)
         chances = weights * nearest
     return torch.tensor(seeds)
-
-
-def _fill_empty(labels: Tensor, distances: Tensor, weights: Tensor, clusters: int) -> Tensor:
-    """`labels` with the farthest points moved to clusters that have none."""
-    counts = torch.bincount(labels, minlength=clusters)
-    cost = weights * distances.gather(1, labels[:, None])[:, 0]
-    for empty in (counts == 0).nonzero()[:, 0].tolist():
-        # the only member of a cluster stays, or that one would be empty
-        candidates = torch.where(counts[labels] > 1, cost, 0.0)
-        farthest = int(candidates.argmax())
-        if candidates[farthest] <= 0:
-            break
-        counts[labels[farthest]] -= 1
-        counts[empty] += 1
-        labels[farthest], cost[farthest] = empty, 0.0
-    return labels
 
 
 def _coefficients(found: Clustering, weights: Tensor, clusters: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.seeds import generator
-from fedlora.strategies.rank_clustering import k_means, merge_units
+from fedlora.strategies.rank_clustering import fill_empty, k_means, merge_units
 
 D, K_IN = 9, 7
 MODES = ("mass", "paper")
@@ -192,14 +192,17 @@ def test_well_separated_groups_are_found():
     assert torch.equal(relative[together], (signs[:, None] * signs)[together].to(relative))
 
 
-def test_a_cluster_that_empties_takes_the_farthest_point():
-    """Three seeds whose Lloyd step starves one of them would leave two clusters."""
-    for seed in range(200):
-        draws = torch.Generator().manual_seed(seed)
-        x = torch.randn(12, 2, generator=draws, dtype=torch.float64)
-        w = torch.ones(12, dtype=torch.float64)
-        found = k_means(x @ x.T, w, 8, signed=True, max_iter=50, generator=generator(seed, "k"))
-        assert len(found.labels.unique()) == 8
+def test_an_empty_cluster_takes_the_point_that_costs_most():
+    """Clusters 1 and 3 are empty; point 4 is farther than 2 but alone, point 0 is heavier."""
+    labels = torch.tensor([0, 0, 0, 0, 2])
+    own = torch.tensor([2.0, 1.0, 3.0, 0.0, 9.0], dtype=torch.float64)
+    distances = torch.zeros(5, 4, dtype=torch.float64)
+    distances[torch.arange(5), labels] = own
+    weights = torch.tensor([2.0, 1, 1, 1, 1], dtype=torch.float64)
+    found = fill_empty(labels.clone(), distances, weights, 4)
+    assert found.tolist() == [1, 0, 3, 0, 2]
+    # a point at its centroid gains nothing by a cluster of its own
+    assert fill_empty(labels.clone(), torch.zeros(5, 4), weights, 4).tolist() == [0, 0, 0, 0, 2]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -222,6 +225,16 @@ def test_members_that_cancel_leave_a_zero_slot(mode, reweight):
     found = merge([(b, a), (-b, -a)], [1, 1], 1, mode=mode, **options)
     assert bool((found[0] == 0).all())
     assert bool((found[1] == 0).all())
+
+
+@given(seed=st.integers(0, 200))
+def test_rounding_left_by_members_that_cancel_is_not_blown_up(seed):
+    """Three units whose sum is zero but for rounding."""
+    first, second = lora(1, seed), lora(1, seed + 1000)
+    third = (-first[0] - second[0], -first[1] - second[1])
+    options = {"sign_align": False, "balance": False}
+    b, a = merge([first, second, third], [1, 1, 1], 1, mode="paper", **options)
+    assert float((b @ a).norm()) == 0.0
 
 
 @pytest.mark.parametrize("mode", MODES)
