@@ -16,9 +16,10 @@ from fedlora.checkpoint import RunStore
 from fedlora.messages import ClientUpdate, Start
 from fedlora.seeds import generator
 from fedlora.server.admission import Limits
-from fedlora.server.attempt import RoundSettings, RunParts, split_parts
+from fedlora.server.handout import split_parts
 from fedlora.server.link import Reply
 from fedlora.server.rounds import resume_state, run_rounds
+from fedlora.server.run_parts import RoundSettings, RunParts
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import ClientInfo
 from fedlora.wire import decode_broadcast, decode_part, encode_update
