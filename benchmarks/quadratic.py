@@ -9,7 +9,7 @@ D_i are random of rank r*, with norm sqrt(32) and mean norm sqrt(32). The figure
 round. Clients compute in float64; broadcast, mean and next state are those of the strategy.
 
 It separates mechanisms and does not predict the accuracy of a task: real losses have many
-minima, where a frozen A costs little. Writes the table into --out; takes about a minute.
+minima, where a frozen A costs little. Writes the table into --out; takes a minute or two.
 """
 
 import argparse

@@ -170,8 +170,8 @@ class FederationSection(Section):
     """Who takes part and how updates are merged."""
 
     strategy: str = "fedit"
-    """fedex-lora, fedit, fedsvd, ffa-lora, flexlora, flora, lora-fair, rolora, `file.py:Class`
-    or `package.module:Class`."""
+    """fed-sb, fedex-lora, fedit, fedsa-lora, fedsvd, ffa-lora, flexlora, flora, hetlora,
+    lora-a2, lora-fair, lora-lego, rolora, `file.py:Class` or `package.module:Class`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []
