@@ -170,7 +170,9 @@ class FederationSection(Section):
     """Who takes part and how updates are merged."""
 
     strategy: str = "fedit"
-    """fedit, ffa-lora, rolora, `file.py:Class` or `package.module:Class`."""
+    """fedit, ffa-lora, rolora; fed-sb (for method lora-xs); fedsa-lora (every client keeps
+    a part of its own); hetlora, lora-lego, lora-a2 (clients of unequal rank); `file.py:Class`
+    or `package.module:Class`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []
