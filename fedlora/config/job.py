@@ -170,9 +170,9 @@ class FederationSection(Section):
     """Who takes part and how updates are merged."""
 
     strategy: str = "fedit"
-    """fedit, ffa-lora, rolora; fed-sb (for method lora-xs); fedsa-lora (every client keeps
-    a part of its own); hetlora, lora-lego, lora-a2 (clients of unequal rank); `file.py:Class`
-    or `package.module:Class`."""
+    """fedit, ffa-lora, rolora, fedex-lora, fedsvd, lora-fair; fed-sb (for method lora-xs);
+    fedsa-lora (every client keeps a part of its own); flora, flexlora, hetlora, lora-lego,
+    lora-a2 (clients of unequal rank); `file.py:Class` or `package.module:Class`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []

@@ -65,6 +65,8 @@ class ToyLink:
         shapes = trained_shapes(spec, method)
         start = {}
         for part, digest in broadcast.parts.items():
+            if part.startswith("fold."):
+                continue  # these clients have no base to fold into
             names = split_parts(Start(AdapterState(spec, dict.fromkeys(shapes))), {})[part]
             start |= decode_part(parts[digest], digest, {name: shapes[name] for name in names})
         heads = {} if HEADS in plan.kept else spec.head_shapes
