@@ -240,6 +240,7 @@ class Federation:
             "rounds": job.federation.rounds,
             "num_trained": num_trained,
             "num_test": len(test),
+            "personal": self.strategy.personal,
             "eval": base_scores,
             "labels": list(loaded.data.labels),
             "clients": {

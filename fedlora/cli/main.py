@@ -37,6 +37,9 @@ Override = Annotated[
     list[str] | None,
     typer.Option("-o", "--override", help="Change one value of the job: section.key=value."),
 ]
+Client = Annotated[
+    str | None, typer.Option(help="Whose adapter, when every client has one of its own.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -136,6 +139,7 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Data file, if not the run's test data.")
     ] = None,
+    client: Client = None,
     override: Override = None,
     json: AsJson = False,
 ) -> None:
@@ -145,7 +149,7 @@ def evaluate(
     """
     from fedlora.cli.evaluate import run_evaluate
 
-    run_evaluate(path, model, data, override or [], as_json=json)
+    run_evaluate(path, model, data, override or [], client=client, as_json=json)
 
 
 @app.command()
@@ -154,6 +158,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     format: Annotated[str, typer.Option("--format", help="peft or merged.")] = "peft",
     model: Annotated[str | None, typer.Option(help="Base model, if not the recorded one.")] = None,
+    client: Client = None,
 ) -> None:
     """Write an adapter for use elsewhere: PEFT format, or merged into its base model.
 
@@ -161,7 +166,7 @@ def export(
     """
     from fedlora.cli.export import run_export
 
-    run_export(path, out, format, model)
+    run_export(path, out, format, model, client)
 
 
 @app.command()

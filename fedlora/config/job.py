@@ -170,8 +170,9 @@ class FederationSection(Section):
     """Who takes part and how updates are merged."""
 
     strategy: str = "fedit"
-    """fed-sb, fedex-lora, fedit, fedsa-lora, fedsvd, ffa-lora, flexlora, flora, hetlora,
-    lora-a2, lora-fair, lora-lego, rolora, `file.py:Class` or `package.module:Class`."""
+    """fedit, ffa-lora, rolora, fedex-lora, fedsvd, lora-fair; fed-sb (for method lora-xs);
+    fedsa-lora (every client keeps a part of its own); flora, flexlora, hetlora, lora-lego,
+    lora-a2 (clients of unequal rank); `file.py:Class` or `package.module:Class`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []
