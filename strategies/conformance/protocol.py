@@ -1,12 +1,9 @@
 """Laws of form: what a strategy declares, sends, expects back and returns."""
 
 import itertools
-import json
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedlora.adapter import trained_shapes, with_rank
@@ -16,6 +13,7 @@ from fedlora.strategies.base import Conditions, Stats, Strategy, StrategyState
 from fedlora.strategies.conformance.federation import MIXED, Federation, expected_shapes
 from fedlora.strategies.conformance.law import Law, require
 from fedlora.strategies.conformance.reference import adapter_effect, distance, effect
+from fedlora.strategies.conformance.soundness import json_safe, sound, whole
 from fedlora.wire import encode_json, encode_tensors
 
 NEEDS = ("any", "bilinear", "product")
@@ -82,7 +80,7 @@ def sent(federation: Federation, states: Iterable[StrategyState]) -> None:
                 f"{client.name}'s start has another spec",
                 f"the global spec at the plan's rank {plan.rank}",
             )
-            _whole(start.adapter.tensors, trained_shapes(spec, federation.method), "the start")
+            whole(start.adapter.tensors, trained_shapes(spec, federation.method), "the start")
             for version, fold in start.fold.items():
                 ranks = {n: t.shape[1] for n, t in fold.items() if n.endswith(".L")}
                 shapes: dict[str, tuple[int, ...]] = {}
@@ -90,10 +88,10 @@ def sent(federation: Federation, states: Iterable[StrategyState]) -> None:
                     rho = ranks.get(f"{layer.name}.L", 0)
                     shapes[f"{layer.name}.L"] = (layer.out, rho)
                     shapes[f"{layer.name}.Q"] = (rho, layer.inp)
-                _whole(fold, shapes, f"fold {version}")
+                whole(fold, shapes, f"fold {version}")
             if plan.control:
                 wanted = expected_shapes(strategy, state, replace(plan, control=False))
-                _whole(start.control, wanted, "the control variates")
+                whole(start.control, wanted, "the control variates")
             key = strategy.broadcast_key(state, client)
             first = made.setdefault(key, start)
             require(
@@ -123,7 +121,7 @@ def advanced(federation: Federation) -> None:
     for _ in range(3):
         stats = strategy.reduce(state, federation.cohort(strategy, state))
         require(isinstance(stats, Stats), f"reduce returned a {type(stats).__name__}", "a Stats")
-        _json(stats.notes, "the notes of reduce")
+        json_safe(stats.notes, "the notes of reduce")
         new = strategy.refactor(state, stats)
         require(
             isinstance(new, StrategyState),
@@ -140,7 +138,7 @@ def advanced(federation: Federation) -> None:
         lost = sorted(names - new.tensors.keys())
         require(not lost, f"the next state lacks {lost[:1]}", "every factor and head")
         for name, tensor in new.tensors.items():
-            _sound(name, tensor, "the next state")
+            sound(name, tensor, "the next state")
             if name in names:
                 shape = tuple(state.tensors[name].shape)
                 require(
@@ -149,7 +147,7 @@ def advanced(federation: Federation) -> None:
                     f"{shape}",
                 )
         encode_tensors(new.tensors)
-        _json(new.extra, "extra")
+        json_safe(new.extra, "extra")
         state = new
 
 
@@ -165,7 +163,7 @@ def merged(federation: Federation) -> None:
             "those of the state's spec, at any rank",
         )
         shapes = trained_shapes(spec, federation.methods[spec.method])
-        _whole(found.tensors, shapes, "the global adapter")
+        whole(found.tensors, shapes, "the global adapter")
 
 
 def ranked(federation: Federation) -> None:
@@ -180,33 +178,6 @@ def ranked(federation: Federation) -> None:
         f"check takes clients of ranks {MIXED}, but hetero_rank = False",
         "a ConfigError before round 1",
     )
-
-
-def _whole(tensors: Mapping[str, Tensor], shapes: Mapping[str, Any], place: str) -> None:
-    for name in sorted(shapes.keys() ^ tensors.keys()):
-        require(False, f"{place} {'lacks' if name in shapes else 'has a strange'} {name}", "none")
-    for name, tensor in tensors.items():
-        _sound(name, tensor, place)
-        shape = tuple(tensor.shape)
-        require(shape == tuple(shapes[name]), f"{name} of {place} is {shape}", f"{shapes[name]}")
-
-
-def _sound(name: str, tensor: Any, place: str) -> None:
-    kind = type(tensor).__name__
-    require(isinstance(tensor, Tensor), f"{name} of {place} is a {kind}", "a tensor")
-    dtype = tensor.dtype
-    require(dtype == torch.float32, f"{name} of {place} is {dtype}", "torch.float32")
-    require(bool(torch.isfinite(tensor).all()), f"{name} of {place} is not finite", "finite")
-    require(not tensor.requires_grad, f"{name} of {place} requires grad", "a plain tensor")
-
-
-def _json(value: Mapping[str, Any], place: str) -> None:
-    try:
-        same = json.loads(encode_json(dict(value))) == dict(value)
-    except (TypeError, ValueError) as e:
-        require(False, f"{place} is not JSON ({e})", "numbers, texts, lists and dicts")
-    else:
-        require(same, f"{place} changes when it is written as JSON", "text keys, no tuples")
 
 
 def _all(start: Start) -> dict[str, Tensor]:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from fedlora.errors import FedloraError
+from fedlora.strategies.conformance.counting import COUNTING
 from fedlora.strategies.conformance.federation import MIXED, NAMES, RANK, Federation, Maker, Method
 from fedlora.strategies.conformance.law import Law, LawBroken
-from fedlora.strategies.conformance.mean import MEAN
+from fedlora.strategies.conformance.outcome import OUTCOME
 from fedlora.strategies.conformance.protocol import PROTOCOL
 from fedlora.strategies.conformance.purity import PURITY
 
 HERE = Path(__file__).resolve().parent
-LAWS = (*PROTOCOL, *PURITY, *MEAN)
+LAWS = (*PROTOCOL, *PURITY, *COUNTING, *OUTCOME)
 Verdict = Literal["kept", "waived", "broken"]
 
 
