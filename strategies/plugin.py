@@ -52,7 +52,7 @@ def find_strategy(name: str) -> type[Strategy]:
         )
     except ConfigError:
         raise
-    except Exception as e:  # a plug-in may fail to import in any way it likes
+    except (Exception, SystemExit) as e:  # a plug-in may fail to import in any way it likes
         raise ConfigError(
             f'federation.strategy = "{name}" cannot be imported: {type(e).__name__}: {e}'
         ) from e

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fedlora.cli.strategy import app as strategy_app
 from fedlora.errors import EXIT_INTERRUPTED, EXIT_USAGE, FedloraError
 
 app = typer.Typer(
@@ -16,6 +17,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(strategy_app, name="strategy")
 
 Override = Annotated[
     list[str] | None,

@@ -25,7 +25,7 @@ from fedlora.adapter import (
 )
 from fedlora.messages import CONTROL, HEADS, ClientUpdate, Pair, RoundPlan
 from fedlora.seeds import generator
-from fedlora.strategies.base import ClientInfo, Conditions, Strategy, StrategyState
+from fedlora.strategies.base import ClientInfo, Strategy, StrategyState
 
 # d = k, and two that are not square; four clients of rank 4 stack to more than min(d, k) = 8
 # in the first and third layer, and to less in the second
@@ -173,10 +173,6 @@ class Federation:
             for name, shape in shapes.items()
         }
         return AdapterState(self.spec, tensors)
-
-    def conditions(self) -> Conditions:
-        """What the strategy's `check` is asked about."""
-        return Conditions(self.spec, self.ranks)
 
     def plan(self, strategy: Strategy, state: StrategyState, client: ClientInfo) -> RoundPlan:
         """The strategy's plan for a client, made as the round loop makes it."""

@@ -20,6 +20,19 @@ NEEDS = ("any", "bilinear", "product")
 UNITS = frozenset({"record", "client"})
 
 
+def admit(federation: Federation, strategy: Strategy) -> None:
+    """The strategy's own `check`, with the usual optimiser, or else with the plain one.
+
+    Raises:
+        ConfigError, AdapterError: the strategy refuses.
+    """
+    given = Conditions(federation.spec, federation.ranks)
+    try:
+        strategy.check(given)
+    except ConfigError:
+        strategy.check(replace(given, optimizer="sgd"))
+
+
 def declared(federation: Federation) -> None:
     strategy = federation.strategy()
     name = getattr(strategy, "name", None)
@@ -38,6 +51,7 @@ def declared(federation: Federation) -> None:
         encode_json(dict(strategy.options))
     except (TypeError, ValueError) as e:
         require(False, f"options = {strategy.options!r} ({e})", "JSON values by name")
+    admit(federation, strategy)
 
 
 def chosen(federation: Federation, states: Iterable[StrategyState]) -> None:
@@ -50,10 +64,12 @@ def chosen(federation: Federation, states: Iterable[StrategyState]) -> None:
             require(not odd, f"the plan trains {odd[:1]}", f"factors of {', '.join(known)}")
             odd = [n for n in plan.kept if n != HEADS and n not in plan.factors]
             require(not odd, f"the plan keeps {odd[:1]}", "a factor that is trained, or heads")
+            # a client's rank may be a budget of slots in an adapter that all hold whole
+            most = state.spec.rank if getattr(strategy, "budgets", False) else client.rank
             require(
-                1 <= plan.rank <= client.rank,
+                1 <= plan.rank <= most,
                 f"the plan gives {client.name} rank {plan.rank}",
-                f"1 to {client.rank}, which it can hold",
+                f"1 to {most}, which it can hold",
             )
 
 

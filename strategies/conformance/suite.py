@@ -9,13 +9,12 @@ from typing import Literal
 from fedlora.errors import FedloraError
 from fedlora.strategies.conformance.counting import COUNTING
 from fedlora.strategies.conformance.federation import MIXED, NAMES, RANK, Federation, Maker, Method
-from fedlora.strategies.conformance.law import Law, LawBroken
+from fedlora.strategies.conformance.law import Law, LawBroken, require
 from fedlora.strategies.conformance.outcome import OUTCOME
-from fedlora.strategies.conformance.protocol import PROTOCOL
+from fedlora.strategies.conformance.protocol import PROTOCOL, admit
 from fedlora.strategies.conformance.purity import PURITY
 
 HERE = Path(__file__).resolve().parent
-LAWS = (*PROTOCOL, *PURITY, *COUNTING, *OUTCOME)
 Verdict = Literal["kept", "waived", "broken"]
 
 
@@ -39,18 +38,50 @@ class Finding:
     expected: str = ""
 
 
+def _waivers(federation: Federation) -> None:
+    waivable = {law.name for law in LAWS if law.waivable}
+    for name, reason in dict(federation.strategy().waives).items():
+        known = ", ".join(sorted(waivable))
+        require(name in waivable, f"waives names {name!r}", f"one of {known}")
+        told = isinstance(reason, str) and len(reason.split()) >= 3
+        require(told, f"waives[{name!r}] = {reason!r}", "the reason in a few words")
+
+
+LAWS = (
+    Law(
+        "waivers",
+        "A law is waived by its name and with the reason.",
+        "the name is misspelt, or the law is one that every run relies on",
+        "the class attribute waives",
+        _waivers,
+        gate=True,
+    ),
+    *PROTOCOL,
+    *PURITY,
+    *COUNTING,
+    *OUTCOME,
+)
+
+
 def federations(make: Maker, methods: Mapping[str, Method]) -> list[Federation]:
-    """One for every adapter method and set of ranks that the strategy's `check` takes."""
+    """One for every adapter method and set of ranks that the strategy's `check` takes.
+
+    One that fails in another way than by refusing is taken, so that a law explains it.
+    """
     found = []
     for method in methods:
         for ranks in ((RANK,) * len(NAMES), MIXED):
             federation = Federation(make, methods, method, ranks)
+            mixed = len(set(ranks)) > 1
             try:
                 strategy = federation.strategy()
-                strategy.check(federation.conditions())
+                admit(federation, strategy)
+                mixed = mixed and not strategy.hetero_rank
             except FedloraError:
                 continue
-            if len(set(ranks)) == 1 or strategy.hetero_rank:
+            except (Exception, SystemExit):  # a plug-in may fail in any way it likes
+                pass
+            if not mixed:
                 found.append(federation)
     return found
 
@@ -65,13 +96,12 @@ def try_law(federation: Federation, law: Law) -> Finding | None:
         law.run(federation)
     except LawBroken as e:
         found, expected = e.found, e.expected
-    except Exception as e:  # a plug-in may fail in any way it likes
+    except (Exception, SystemExit) as e:  # a plug-in may fail in any way it likes
         found = f"{type(e).__name__}: {e}{_where(e)}"
         expected = "no exception"
     else:
         return Finding(*place, "kept")
-    waived = law.waivable and law.name in strategy.waives
-    return Finding(*place, "waived" if waived else "broken", found, expected)
+    return Finding(*place, "waived" if _waived(federation, law) else "broken", found, expected)
 
 
 def findings(federation: Federation, laws: Sequence[Law] = LAWS) -> Iterator[Finding]:
@@ -83,6 +113,13 @@ def findings(federation: Federation, laws: Sequence[Law] = LAWS) -> Iterator[Fin
         yield finding
         if law.gate and finding.verdict == "broken":
             return
+
+
+def _waived(federation: Federation, law: Law) -> bool:
+    try:
+        return law.waivable and law.name in federation.strategy().waives
+    except (Exception, SystemExit):  # a plug-in may fail in any way it likes
+        return False
 
 
 def _where(error: BaseException) -> str:
