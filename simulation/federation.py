@@ -28,6 +28,8 @@ from fedlora.evaluate import evaluate, exact_match
 from fedlora.messages import ClientUpdate
 from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
 from fedlora.server.admission import Limits
+from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.link import Link
 from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.server.run_parts import Event, RoundSettings, RunParts
 from fedlora.simulation.local import LocalLink
@@ -197,9 +199,17 @@ class Federation:
                 optimizer=job.training.optimizer,
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
+                asynchronous=job.federation.mode == "async",
             )
         )
-        self.link = LocalLink(self.scenario, self._work, progress)
+        federation = job.federation
+        if federation.mode == "async" and federation.buffer > len(self.clients):
+            raise ConfigError(
+                f"federation.buffer = {federation.buffer} is more than the {len(self.clients)} "
+                "clients of the federation; choose at most that"
+            )
+        self._local = LocalLink(self.scenario, self._work, progress)
+        self.link: Link = self._local
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
         self.sent_basis = loaded.adapted.basis if derived else {}
@@ -268,6 +278,7 @@ class Federation:
         job = self.job
         self._folder = store.folder
         committed = store.load()
+        self._local.remember(store.folder / "held.json", committed.round)
         genesis = store.record(0) or committed.record
         if genesis.get("spec_digest", self.spec.digest()) != self.spec.digest():
             raise RunFolderError(
@@ -304,7 +315,11 @@ class Federation:
                 local_steps=job.training.local_steps,
                 optimizer_state=job.training.optimizer_state,
                 evaluate_every=job.evaluation.every,
-                keep_rounds=job.run.keep_rounds,
+                # clients at work need the versions they started from, also after a crash
+                keep_rounds=max(
+                    job.run.keep_rounds,
+                    federation.max_staleness + 2 if federation.mode == "async" else 0,
+                ),
                 keep_every=job.run.keep_every,
                 limits=Limits(
                     federation.max_update_norm,
@@ -316,7 +331,21 @@ class Federation:
             emit=emit,
         )
         initial = self.strategy.init(self.loaded.initial)
-        return run_rounds(parts, resume_state(committed, initial), until)
+        state = resume_state(committed, initial)
+        if federation.mode == "sync":
+            return run_rounds(parts, state, until)
+        buffered = BufferedRounds(
+            parts,
+            self._local,
+            BufferSettings(
+                federation.buffer,
+                federation.clients_per_round,
+                federation.max_staleness,
+                federation.server_rate,
+            ),
+            lambda version: resume_state(store.load_round(version), initial),
+        )
+        return buffered.go(state, committed, until)
 
     def scores(self, examples: list[Example]) -> Scores:
         """Figures of the model as it stands."""

@@ -65,7 +65,7 @@ def chosen(federation: Federation, states: Iterable[StrategyState]) -> None:
             odd = [n for n in plan.kept if n != HEADS and n not in plan.factors]
             require(not odd, f"the plan keeps {odd[:1]}", "a factor that is trained, or heads")
             # a client's rank may be a budget of slots in an adapter that all hold whole
-            most = state.spec.rank if getattr(strategy, "budgets", False) else client.rank
+            most = state.spec.rank if strategy.budgets else client.rank
             require(
                 1 <= plan.rank <= most,
                 f"the plan gives {client.name} rank {plan.rank}",

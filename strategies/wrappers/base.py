@@ -60,6 +60,7 @@ class Wrapper(Strategy):
         self.regauges = inner.regauges
         self.personal = inner.personal
         self.waives = {**inner.waives, **self.waives}
+        self.budgets = inner.budgets
 
     def check(self, given: Conditions) -> None:
         self.inner.check(given)
