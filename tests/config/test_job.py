@@ -100,7 +100,6 @@ def test_combinations_that_do_not_fit_are_reported_together():
     [
         ({"privacy": {}}, "privacy is not supported"),
         ({"privacy": {"epsilon": 8.0}}, "without differential privacy"),
-        ({"federation": {"wrappers": []}}, "federation.wrappers is not supported"),
         ({"model": 5}, "model = 5"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate = nan"),
         ({"training": {"learning_rate": float("inf")}}, "training.learning_rate = inf"),
