@@ -24,7 +24,7 @@ from typing import Any
 
 from fedlora.adapter import Tensors
 from fedlora.errors import AdapterError, RunFolderError
-from fedlora.storage import storage_errors, sync_folder, write_atomic
+from fedlora.storage import file_above, storage_errors, sync_folder, write_atomic
 from fedlora.wire import decode_own, encode_json, encode_tensors, sha256
 
 
@@ -67,7 +67,7 @@ class RunStore:
             files: further files of the folder, by name.
 
         Raises:
-            RunFolderError: the folder is not empty.
+            RunFolderError: the folder is not empty, or lies below a file.
             StorageError: the disk refused.
         """
         folder = folder.absolute()
@@ -76,6 +76,8 @@ class RunStore:
                 f"output folder {folder} exists and is not empty; choose another --out, or "
                 f"continue the run in it with: fedlora resume {folder}"
             )
+        if above := file_above(folder):
+            raise RunFolderError(f"output folder {folder}: {above} is a file; choose another --out")
         with storage_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -172,6 +174,14 @@ class RunStore:
             if problems:
                 self.fallback = f"{'; '.join(problems)}; continuing from round {committed.round}"
             return committed
+
+    def load_round(self, number: int) -> Committed:
+        """Round `number`, which may be an older one.
+
+        Raises:
+            RunFolderError: it is not kept, or not intact.
+        """
+        return self._read(number, self._digest(number))
 
     def record(self, number: int) -> dict[str, Any] | None:
         """The record of round `number`, or None when it is not kept or not intact."""

@@ -1,6 +1,8 @@
 """Durable files: written whole and synced before they get their name."""
 
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,39 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def file_above(path: Path) -> Path | None:
+    """The parent of `path` that is a file, so that nothing can go below it; None if none is."""
+    for parent in path.absolute().parents:
+        if parent.exists():
+            return None if parent.is_dir() else parent
+    return None
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that becomes `folder` at the end, or nothing on any error.
+
+    Args:
+        folder: must not exist, or be empty.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    folder = folder.resolve()
+    # a name of its own, so that what a killed process left is in nobody's way
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    with storage_errors(folder):
+        staging.mkdir(parents=True)
+    try:
+        yield staging
+        with storage_errors(folder):
+            os.rename(staging, folder)
+            sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

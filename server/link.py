@@ -54,3 +54,38 @@ class Link(Protocol):
             deadline_s: after so many seconds nothing more is yielded.
         """
         ...
+
+
+class AsyncLink(Protocol):
+    """A link that can hold several tasks at once and gives replies back one by one."""
+
+    def roster(self) -> Sequence[ClientInfo]:
+        """The clients that can take part now, sorted by name."""
+        ...
+
+    def submit(
+        self, task: Task, parts: Mapping[str, bytes], deadline_s: float, due: float | None = None
+    ) -> float:
+        """Hands out one task and says when its reply is due, on the link's clock.
+
+        Args:
+            deadline_s: after so many seconds the reply is an empty one.
+            due: when it was due before an interruption; None for new work.
+        """
+        ...
+
+    def next_reply(self) -> Reply:
+        """The next reply of a submitted task, empty when the client did not answer in time."""
+        ...
+
+    def cancel(self, client: str) -> None:
+        """Waits no longer for a client's reply."""
+        ...
+
+    def clock(self) -> float:
+        """Seconds since the start of the run (virtual ones in a simulation)."""
+        ...
+
+    def set_clock(self, seconds: float) -> None:
+        """Continues the clock of an interrupted run."""
+        ...

@@ -5,13 +5,20 @@ a round whole or not at all. It is the same for every link; what carries the byt
 link's business.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
 
 from fedlora.checkpoint import Committed
 from fedlora.errors import QuorumFailed
-from fedlora.server.attempt import Attempt, RunParts
+from fedlora.seeds import generator
+from fedlora.server.handout import Handout
+from fedlora.server.merge import Received, Stopwatch, merge
+from fedlora.server.run_parts import RoundSettings, RunParts
 from fedlora.server.spool import Spool
-from fedlora.strategies.base import StrategyState
+from fedlora.strategies.base import ClientInfo, StrategyState
 
 
 def run_rounds(run: RunParts, state: StrategyState, until: int | None = None) -> StrategyState:
@@ -34,11 +41,12 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
     shortage = ""
     for count in range(retries + 1):
         spool = Spool(run.store.folder / "spool.bin")
+        timed = Stopwatch()
         try:
-            attempt = Attempt(run, state, count, spool)
-            if not (shortage := attempt.collect()):
-                return attempt.commit(*attempt.merge())
-            for line in attempt.rejected:
+            handout = Handout(run, state, count, spool)
+            if not (shortage := _collect(handout, timed)):
+                return merge(run, state, _received(handout), timed)
+            for line in handout.rejected:
                 run.emit(line)
             event = {"event": "abandoned", "round": number, "attempt": count, "why": shortage}
             run.emit(event)
@@ -48,6 +56,52 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
         f"round {number} failed after {retries + 1} attempts: {shortage}; the run stands at "
         f"round {state.round}. Bring clients back, then: fedlora "
         f"resume {run.store.folder}"
+    )
+
+
+def _collect(handout: Handout, timed: Stopwatch) -> str:
+    """Hands out work and admits what comes back; says what is missing for a quorum."""
+    run = handout.run
+    with timed("broadcast"):
+        roster = list(run.link.roster())
+        chosen = _choose(run.settings, roster, handout.round, handout.attempt)
+        tasks, parts = handout.tasks(chosen)
+    with timed("clients"):
+        for reply in run.link.exchange(tasks, parts, run.settings.deadline_s):
+            handout.admit(reply)
+    quorum = run.settings.quorum or math.ceil(2 * len(chosen) / 3)
+    if len(handout.updates) >= max(1, quorum):
+        return ""
+    why = ""
+    if handout.rejected:
+        first = handout.rejected[0]
+        why = f", {len(handout.rejected)} rejected ({first['client']}: {first['detail'][:200]})"
+    return (
+        f"{len(handout.updates)} of {len(chosen)} clients gave a usable update{why}; "
+        f"the quorum is {quorum}"
+    )
+
+
+def _choose(
+    settings: RoundSettings, roster: Sequence[ClientInfo], number: int, attempt: int
+) -> list[ClientInfo]:
+    wanted = settings.clients_per_round or len(roster)
+    if wanted >= len(roster):
+        return list(roster)
+    stream = generator(settings.seed, "clients", number, attempt)
+    picks = torch.randperm(len(roster), generator=stream)[:wanted].tolist()
+    return [roster[i] for i in sorted(picks)]
+
+
+def _received(handout: Handout) -> Received:
+    rejected = {event["client"] for event in handout.rejected}
+    return Received(
+        updates=[handout.read(name) for name in handout.spool.clients()],
+        rejected=handout.rejected,
+        missing=sorted(handout.expected.keys() - handout.updates.keys() - rejected),
+        bytes_up=handout.bytes_up,
+        bytes_down=handout.bytes_down,
+        attempt=handout.attempt,
     )
 
 

@@ -13,7 +13,7 @@ from fedlora.checkpoint import RunStore
 from fedlora.config.job import Job, ScenarioSection
 from fedlora.data.federated import ClientData
 from fedlora.data.unusable import Unusable
-from fedlora.server.attempt import Event
+from fedlora.server.run_parts import Event
 from fedlora.simulation.federation import Emit, Federation, Loaded
 from fedlora.simulation.metrics import MetricsLog
 

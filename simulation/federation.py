@@ -28,13 +28,15 @@ from fedlora.evaluate import evaluate, exact_match
 from fedlora.messages import ClientUpdate
 from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
 from fedlora.server.admission import Limits
-from fedlora.server.attempt import Event, RoundSettings, RunParts
+from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.link import Link
 from fedlora.server.rounds import resume_state, run_rounds
+from fedlora.server.run_parts import Event, RoundSettings, RunParts
 from fedlora.simulation.local import LocalLink
 from fedlora.simulation.metrics import MetricsLog
 from fedlora.simulation.scenario import Scenario
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
-from fedlora.strategies.plugin import make_strategy
+from fedlora.strategies.plugin import begin, check_strategy, make_strategy
 from fedlora.wire import encode_json
 
 Emit = Callable[[Event], None]
@@ -190,16 +192,25 @@ class Federation:
             seed=job.run.seed,
             max_update_norm=job.federation.max_update_norm,
         )
-        self.strategy.check(
+        check_strategy(
+            self.strategy,
             Conditions(
                 self.spec,
                 [client.rank for client in self.scenario.clients],
                 optimizer=job.training.optimizer,
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
-            )
+                asynchronous=job.federation.mode == "async",
+            ),
         )
-        self.link = LocalLink(self.scenario, self._work, progress)
+        federation = job.federation
+        if federation.mode == "async" and federation.buffer > len(self.clients):
+            raise ConfigError(
+                f"federation.buffer = {federation.buffer} is more than the {len(self.clients)} "
+                "clients of the federation; choose at most that"
+            )
+        self._local = LocalLink(self.scenario, self._work, progress)
+        self.link: Link = self._local
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
         self.sent_basis = loaded.adapted.basis if derived else {}
@@ -230,6 +241,7 @@ class Federation:
             "rounds": job.federation.rounds,
             "num_trained": num_trained,
             "num_test": len(test),
+            "personal": self.strategy.personal,
             "eval": base_scores,
             "labels": list(loaded.data.labels),
             "clients": {
@@ -251,7 +263,7 @@ class Federation:
             "extra": {},
             "events": [start],
         }
-        state = self.strategy.init(loaded.initial)
+        state = begin(self.strategy, loaded.initial)
         files = {"spec.json": encode_json(self.spec.to_json())}
         store = RunStore.create(folder, dump_job(job), job.digest(), state.tensors, record, files)
         self._log(store).append(start)
@@ -268,6 +280,7 @@ class Federation:
         job = self.job
         self._folder = store.folder
         committed = store.load()
+        self._local.remember(store.folder / "held.json", committed.round)
         genesis = store.record(0) or committed.record
         if genesis.get("spec_digest", self.spec.digest()) != self.spec.digest():
             raise RunFolderError(
@@ -304,7 +317,11 @@ class Federation:
                 local_steps=job.training.local_steps,
                 optimizer_state=job.training.optimizer_state,
                 evaluate_every=job.evaluation.every,
-                keep_rounds=job.run.keep_rounds,
+                # clients at work need the versions they started from, also after a crash
+                keep_rounds=max(
+                    job.run.keep_rounds,
+                    federation.max_staleness + 2 if federation.mode == "async" else 0,
+                ),
                 keep_every=job.run.keep_every,
                 limits=Limits(
                     federation.max_update_norm,
@@ -315,8 +332,22 @@ class Federation:
             evaluate=self._evaluate,
             emit=emit,
         )
-        initial = self.strategy.init(self.loaded.initial)
-        return run_rounds(parts, resume_state(committed, initial), until)
+        initial = begin(self.strategy, self.loaded.initial)
+        state = resume_state(committed, initial)
+        if federation.mode == "sync":
+            return run_rounds(parts, state, until)
+        buffered = BufferedRounds(
+            parts,
+            self._local,
+            BufferSettings(
+                federation.buffer,
+                federation.clients_per_round,
+                federation.max_staleness,
+                federation.server_rate,
+            ),
+            lambda version: resume_state(store.load_round(version), initial),
+        )
+        return buffered.go(state, committed, until)
 
     def scores(self, examples: list[Example]) -> Scores:
         """Figures of the model as it stands."""

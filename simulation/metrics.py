@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fedlora.checkpoint import RunStore
-from fedlora.server.attempt import Event
+from fedlora.server.run_parts import Event
 from fedlora.storage import storage_errors, write_atomic
 
 

@@ -4,6 +4,7 @@ from fedlora.adapters.base import AdapterLayer, Method
 from fedlora.adapters.bone import Bone
 from fedlora.adapters.dora import Dora
 from fedlora.adapters.lora import Lora
+from fedlora.adapters.lora_xs import LoraXs
 from fedlora.adapters.miss import Miss
 from fedlora.adapters.pissa import Pissa
 from fedlora.adapters.vera import Vera
@@ -13,6 +14,7 @@ METHODS: dict[str, Method] = {
     "rslora": Lora("rslora", stabilised=True),
     "dora": Dora(),
     "pissa": Pissa(),
+    "lora-xs": LoraXs(),
     "vera": Vera(),
     "miss": Miss(),
     "bone-col": Bone("bone-col", by_row=False),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedlora.adapter import LayerSpec
 from fedlora.adapters.base import AdapterLayer, Basis, Method
 from fedlora.adapters.leaves import leaf_weight, linear_leaf
+from fedlora.adapters.svd import canonical_signs
 
 
 class Pissa(Method):
@@ -102,13 +103,10 @@ class PissaLayer(AdapterLayer):
 def principal_factors(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """(A0 (r, k), B0 (d, r)) with scale B0 A0 = the best rank-r approximation of `weight`.
 
-    Signs are canonical: the entry of largest magnitude in each left singular vector is
-    positive.
+    Signs are canonical (see `canonical_signs`).
     """
     weight = weight if weight.dtype == torch.float64 else weight.float()
     u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
-    u, sigma, vh = u[:, :rank], sigma[:rank], vh[:rank]
-    peaks = u.gather(0, u.abs().argmax(0, keepdim=True))  # (1, r)
-    signs = torch.where(peaks < 0, -1.0, 1.0).to(u)
-    root = (sigma / scale).sqrt()
-    return (signs.T * root[:, None]) * vh, (signs * root) * u
+    u, vh = canonical_signs(u[:, :rank], vh[:rank])
+    root = (sigma[:rank] / scale).sqrt()
+    return root[:, None] * vh, root * u

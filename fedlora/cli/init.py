@@ -6,17 +6,19 @@ import typer
 
 from fedlora.config.template import render_template
 from fedlora.errors import ConfigError
-from fedlora.storage import write_atomic
+from fedlora.storage import file_above, write_atomic
 
 
 def run_init(path: Path) -> None:
     """Writes the commented job file.
 
     Raises:
-        ConfigError: the file exists.
+        ConfigError: the file exists, or cannot go there.
     """
     if path.is_dir():
         path = path / "job.toml"
+    if above := file_above(path):
+        raise ConfigError(f"{path}: {above} is a file; give another path")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path.parent} is not a folder; create it first")
     if path.exists():

@@ -14,7 +14,7 @@ from fedlora.checkpoint import RunStore
 from fedlora.cli.live import LiveView
 from fedlora.config.job import Job
 from fedlora.config.load import load_job
-from fedlora.errors import EXIT_INTERRUPTED
+from fedlora.errors import EXIT_INTERRUPTED, ConfigError
 from fedlora.simulation.federation import Federation, load
 from fedlora.simulation.results import finish, is_finished
 from fedlora.strategies import STRATEGIES
@@ -32,16 +32,30 @@ def read_job(path: Path | None, overrides: Sequence[str]) -> Job:
 def _absolute(job: Job) -> Job:
     """The job with absolute paths, so that its run can be resumed from anywhere."""
 
-    def whole(name: str | None) -> str | None:
-        return str(Path(name).absolute()) if name and Path(name).exists() else name
+    def whole(key: str, name: str | None) -> str | None:
+        if not name:
+            return name
+        try:
+            path = Path(name).expanduser()
+            return str(path.absolute()) if path.exists() else name
+        except (OSError, RuntimeError) as e:  # the latter for ~ with an unknown user
+            why = e.strerror if isinstance(e, OSError) else e
+            raise ConfigError(
+                f"{key} = {name[:60]!r} cannot be looked up ({why}); correct the path"
+            ) from e
 
     return job.model_copy(
         update={
-            "model": job.model.model_copy(update={"name": whole(job.model.name)}),
+            "model": job.model.model_copy(update={"name": whole("model.name", job.model.name)}),
             "data": job.data.model_copy(
-                update={"source": whole(job.data.source), "test": whole(job.data.test)}
+                update={
+                    "source": whole("data.source", job.data.source),
+                    "test": whole("data.test", job.data.test),
+                }
             ),
-            "adapter": job.adapter.model_copy(update={"start": whole(job.adapter.start)}),
+            "adapter": job.adapter.model_copy(
+                update={"start": whole("adapter.start", job.adapter.start)}
+            ),
         }
     )
 

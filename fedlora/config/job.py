@@ -8,11 +8,20 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _folder_name(name: str) -> str:
+    if not name.isprintable() or not 0 < len(name.encode()) <= 100 or "/" in name:
+        raise ValueError(
+            f"run.name = {name[:60]!r} is no part of a folder name; give 1 to 100 bytes without "
+            "slashes and control characters"
+        )
+    return name
 
 
 class Section(BaseModel):
@@ -39,7 +48,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where examples come from and how a row becomes an example."""
 
-    source: str = "builtin:stdlib"
+    source: Annotated[str, Field(min_length=1)] = "builtin:stdlib"
     """`builtin:stdlib`, a .jsonl/.csv/.tsv/.parquet file, a folder, or a hub id.
     A folder that has one sub-folder per client gives each client its own data; then
     `partition.kind` is "folders". A folder of class folders with pictures is labelled."""
@@ -105,11 +114,12 @@ class AdapterSection(Section):
     """What is trained on top of the frozen base."""
 
     method: str = "lora"
-    """lora, rslora, dora, pissa, vera, miss, bone-row or bone-col."""
+    """lora, rslora, dora, pissa, lora-xs, vera, miss, bone-row or bone-col."""
     rank: Positive = 8
     """Rank r (block size b for bone)."""
     alpha: Annotated[float, Field(gt=0.0)] | None = None
-    """Numerator of the scale alpha / r; by default 2 * rank (rank for pissa)."""
+    """Numerator of the scale alpha / r; by default 2 * rank (rank for pissa
+    and lora-xs)."""
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names, name endings or regular expressions of the linear layers to adapt.
     "all-linear" is every linear layer but heads and embeddings."""
@@ -160,7 +170,9 @@ class FederationSection(Section):
     """Who takes part and how updates are merged."""
 
     strategy: str = "fedit"
-    """fedit, ffa-lora, rolora, `file.py:Class` or `package.module:Class`."""
+    """fedit, ffa-lora, rolora, fedex-lora, fedsvd, lora-fair; fed-sb (for method lora-xs);
+    fedsa-lora (every client keeps a part of its own); flora, flexlora, hetlora, lora-lego,
+    lora-a2 (clients of unequal rank); `file.py:Class` or `package.module:Class`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []
@@ -171,6 +183,16 @@ class FederationSection(Section):
     """Rounds of the run."""
     clients_per_round: Positive | None = None
     """Clients chosen per round; by default all."""
+    mode: Literal["sync", "async"] = "sync"
+    """sync waits for the clients of a round; async merges whenever `buffer` updates have come
+    (FedBuff), each weighted by its staleness. Then `clients_per_round` clients are at work at
+    the same time, all updates count alike, and `quorum` does not apply."""
+    buffer: Positive = 4
+    """async: updates per merge, each of which is a round."""
+    max_staleness: Annotated[int, Field(ge=0)] = 10
+    """async: an update of an adapter older than so many versions is rejected."""
+    server_rate: Annotated[float, Field(gt=0.0)] = 1.0
+    """async: factor of the merged change."""
     quorum: Positive | None = None
     """Fewest updates a round needs; by default two thirds of those chosen, rounded up."""
     deadline_s: Annotated[float, Field(gt=0.0)] = 600.0
@@ -238,7 +260,7 @@ class EvaluationSection(Section):
 class RunSection(Section):
     """The run itself."""
 
-    name: str = "fedlora"
+    name: Annotated[str, AfterValidator(_folder_name)] = "fedlora"
     """Name of the run; part of the default folder name."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     """Derives every random stream by name."""
@@ -287,6 +309,14 @@ class Job(Section):
                 f"federation.quorum = {federation.quorum} is more than the {most} clients of a "
                 "round; choose at most that"
             )
+        if federation.mode == "async":
+            if federation.quorum:
+                problems.append('federation.quorum has no meaning with mode = "async"; remove it')
+            if most and federation.buffer > most:
+                problems.append(
+                    f"federation.buffer = {federation.buffer} is more than the {most} clients at "
+                    "work at the same time; choose at most that"
+                )
         if any(hostile.kind == "label-flip" for hostile in self.scenario.hostile) and (
             self.model.task == "causal-lm"
         ):

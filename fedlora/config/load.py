@@ -45,6 +45,7 @@ def parse_job(
     problems: list[str] = []
     for override in overrides:
         problems += _apply(tree, override)
+    problems += _unwritable(tree)
     for key, why in NOT_YET.items():
         if _pop(tree, key) is not None:
             problems.append(f"{key} is not supported: {why}; remove it")
@@ -94,6 +95,28 @@ def _apply(tree: dict[str, Any], override: str) -> list[str]:
             return [f"override {override!r}: {name} is a value, not a table"]
     node[last] = value
     return []
+
+
+def _unwritable(value: Any, key: str = "") -> list[str]:
+    """Texts that no path, column or record can hold: with a NUL, or no Unicode."""
+    if isinstance(value, dict):
+        parts = [(text, key) for text in value]
+        parts += [(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()]
+    elif isinstance(value, list):
+        parts = [(inner, key) for inner in value]
+    elif isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+        return [f"{key} has a NUL or no valid UTF-8 in {value[:60]!r}; remove those characters"]
+    else:
+        return []
+    return [problem for inner, name in parts for problem in _unwritable(inner, name)]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pop(tree: dict[str, Any], key: str) -> Any:

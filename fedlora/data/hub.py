@@ -6,6 +6,7 @@ import datasets
 
 from fedlora.data.rows import Row, Table
 from fedlora.errors import DataError
+from fedlora.hub import hub_or_cache
 
 
 def read_hub(name: str, subset: str | None, split: str) -> Table:
@@ -20,7 +21,8 @@ def read_hub(name: str, subset: str | None, split: str) -> Table:
         DataError: it does not exist, cannot be reached or cannot be read.
     """
     try:
-        data = datasets.load_dataset(name, subset, split=split)
+        with hub_or_cache():
+            data = datasets.load_dataset(name, subset, split=split)
     # the hub client, its file readers and the network each raise errors of their own
     except Exception as e:
         raise DataError(

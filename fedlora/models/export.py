@@ -29,11 +29,11 @@ def export_merged(assembled: Assembled, folder: Path) -> None:
     _save_processor(assembled, folder)
 
 
-def export_base(assembled: Assembled, folder: Path) -> Path:
+def export_base(assembled: Assembled, folder: Path) -> None:
     """The plain base model with its tokenizer, for people who do not have it.
 
-    Returns:
-        the folder's absolute path.
+    Raises:
+        StorageError: the disk refused.
     """
     plain = load_base(
         assembled.section,
@@ -45,7 +45,6 @@ def export_base(assembled: Assembled, folder: Path) -> Path:
     with quiet(), _write_errors(folder):
         plain.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     _save_processor(assembled, folder)
-    return folder.resolve()
 
 
 def export_to_peft(assembled: Assembled, folder: Path, base_name: str) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlora.config.job import ModelSection
 from fedlora.errors import ConfigError, ModelError
+from fedlora.hub import hub_or_cache
 from fedlora.models.fingerprint import fingerprint
 from fedlora.seeds import derive_seed, generator
 
@@ -226,8 +227,10 @@ def _source(section: ModelSection) -> str:
 
 @contextmanager
 def _model_errors(section: ModelSection) -> Iterator[None]:
+    here = section.name in BUILTIN or Path(section.name).expanduser().is_dir()
     try:
-        yield
+        with nullcontext() if here else hub_or_cache():
+            yield
     except ModelError:
         raise
     except Exception as e:  # transformers, hub and safetensors raise many kinds

@@ -60,6 +60,8 @@ class Wrapper(Strategy):
         self.needs = inner.needs
         self.regauges = inner.regauges
         self.personal = inner.personal
+        self.waives = {**inner.waives, **self.waives}
+        self.budgets = inner.budgets
 
     def check(self, given: Conditions) -> None:
         """Refuses what the strategy inside refuses, and what the wrapper itself cannot take."""

@@ -30,6 +30,8 @@ CASES = (
     Case("rslora"),
     Case("dora"),
     Case("pissa"),
+    Case("lora-xs"),
+    Case("lora-xs", options={"basis": "random"}, label="lora-xs-random"),
     Case("vera"),
     Case("vera", rank=16, label="vera-wide"),
     Case("miss"),

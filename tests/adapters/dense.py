@@ -37,6 +37,12 @@ def miss(d: int, k: int, factor: Tensor) -> Tensor:
     return delta
 
 
+def xs_pair(layer, basis) -> tuple[Tensor, Tensor]:
+    """A (r, k) and B (d, r) of a LoRA-XS layer; a small client takes the leading slots."""
+    a, b = basis[f"{layer.name}.A"], basis[f"{layer.name}.B"]
+    return a[: layer.rank], b[:, : layer.rank]
+
+
 def delta(method, layer, w, factors, basis) -> Tensor:
     """The weight change (d, k) in float64."""
     w = w.double()
@@ -48,6 +54,9 @@ def delta(method, layer, w, factors, basis) -> Tensor:
     if method == "pissa":
         a0, b0 = frozen[f"{layer.name}.A0"], frozen[f"{layer.name}.B0"]
         return s * (f["B"] @ f["A"] - b0 @ a0)
+    if method == "lora-xs":
+        a, b = xs_pair(layer, frozen)
+        return s * b @ f["R"] @ a
     if method == "dora":
         v = w + s * f["B"] @ f["A"]
         return torch.diag(f["m"] / v.norm(dim=1)) @ v - w
@@ -62,7 +71,7 @@ def delta(method, layer, w, factors, basis) -> Tensor:
 
 def scale(method: str, rank: int, alpha: float) -> float:
     """The papers' scales."""
-    if method in ("lora", "dora", "pissa"):
+    if method in ("lora", "dora", "pissa", "lora-xs"):
         return alpha / rank
     return alpha / math.sqrt(rank) if method == "rslora" else 1.0
 
@@ -93,6 +102,9 @@ def one_sample_grads(method, layer, w, f, basis, x, g) -> dict[str, Tensor]:
             "A": s * sum(torch.outer(f["B"].T @ g[t], x[t]) for t in tokens),
             "B": s * sum(torch.outer(g[t], f["A"] @ x[t]) for t in tokens),
         }
+    if method == "lora-xs":
+        a, b = xs_pair(layer, basis)
+        return {"R": s * sum(torch.outer(b.T @ g[t], a @ x[t]) for t in tokens)}
     if method == "dora":
         v = w + s * f["B"] @ f["A"]
         n = v.norm(dim=1)

@@ -1,5 +1,7 @@
 """When averaging the factors averages the weight change, and by how much it misses."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ torch.set_num_threads(1)
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 # the zero-initialised factor and the other one of a LoRA-like product
 PAIRS = {"lora": ("B", "A"), "rslora": ("B", "A"), "pissa": ("B", "A"), "vera": ("b", "v")}
+AFFINE = ("lora-xs", "miss", "bone-col", "bone-row")
 RESIZABLE = [case for case in CASES if case.method not in ("pissa", "bone-col", "bone-row")]
 
 
@@ -45,7 +48,7 @@ def test_affine_methods_average_exactly_and_no_other_does(case):
     _, change, held = clients(case)
     exact = mean([change(f) for f in held])
     gap = (change(mean_factors(held)) - exact).norm() / exact.norm()
-    assert METHODS[case.method].affine == (case.method in ("miss", "bone-col", "bone-row"))
+    assert METHODS[case.method].affine == (case.method in AFFINE)
     if METHODS[case.method].affine:
         assert gap < 1e-12
     else:
@@ -106,10 +109,28 @@ def wide_basis(basis, layer):
     """Any basis of the larger rank; only its leading slots are used by the smaller one."""
     if not basis:
         return {}
+    a, b = sorted(basis)
+    assert (a[-2:], b[-2:]) == (".A", ".B")
     return {
-        "shared.A": draw(layer.rank, layer.inp, dtype=torch.float64),
-        "shared.B": draw(layer.out, layer.rank, dtype=torch.float64),
+        a: draw(layer.rank, layer.inp, dtype=torch.float64),
+        b: draw(layer.out, layer.rank, dtype=torch.float64),
     }
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.method == "lora-xs"], ids=str)
+def test_lora_xs_clients_of_unequal_rank_average_exactly(case):
+    """sum_i w_i B_i R_i A_i = B (sum_i w_i pad(R_i)) A, with B_i, A_i the leading slots."""
+    method = METHODS["lora-xs"]
+    layer, change, held = clients(case)
+    whole, total, padded = layer.layer, 0, 0
+    for w, f, rank in zip(WEIGHTS, held, (4, 1, 3), strict=True):
+        small = dataclasses.replace(whole, rank=rank)
+        own = method.resize("R", f["R"], whole, small)
+        assert torch.equal(own, f["R"][:rank, :rank])
+        b, a = layer.basis["layers.0.B"][:, :rank], layer.basis["layers.0.A"][:rank]
+        total = total + w * whole.scale * b @ own @ a
+        padded = padded + w * method.resize("R", own, small, whole)
+    torch.testing.assert_close(change({"R": padded}), total, rtol=1e-12, atol=1e-14)
 
 
 def test_methods_without_an_exact_embedding_refuse_another_rank():

@@ -100,7 +100,7 @@ def test_pissa_basis_of_a_rank_deficient_base_is_finite():
     assert b.isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["vera", "pissa"])
+@pytest.mark.parametrize("method", ["vera", "pissa", "lora-xs"])
 @pytest.mark.parametrize("how", ["sign", "bit", "missing", "swapped"])
 def test_a_silently_different_basis_is_refused(method, how):
     model = adapted(Case(method))
@@ -135,7 +135,7 @@ def test_a_basis_sent_by_the_server_is_used_as_it_is():
     assert all(torch.equal(other.basis[name], model.basis[name]) for name in model.basis)
 
 
-@pytest.mark.parametrize("method", ["vera", "pissa"])
+@pytest.mark.parametrize("method", ["vera", "pissa", "lora-xs"])
 def test_basis_is_float32_on_the_cpu_for_any_base(method):
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         basis = adapted(Case(method), dtype=dtype).basis

@@ -2,7 +2,8 @@
 
 PEFT's method comparison, Llama-3.2-3B, q_proj (3072 -> 3072) and v_proj (3072 -> 1024) of 28
 layers: https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA. Bone's
-87 031 808 for LLaMA2-7B is the 87.0M of its paper.
+87 031 808 for LLaMA2-7B is the 87.0M of its paper, LoRA-XS's 917 504 the 0.92M of its paper for
+Mistral-7B, which has as many layers.
 """
 
 import math
@@ -57,6 +58,7 @@ def test_llama3_counts(method, rank, options, expected):
         ("bone-col", 64, 87_031_808),
         ("bone-row", 64, 72_876_032),
         ("lora", 36, 89_948_160),
+        ("lora-xs", 64, 917_504),
     ],
 )
 def test_llama2_counts(method, rank, expected):
@@ -72,6 +74,7 @@ def test_bone_counts_whole_blocks_when_b_does_not_divide():
     ("method", "rank", "options", "message"),
     [
         ("lora", 8, {}, "rank is larger than 7"),
+        ("lora-xs", 8, {}, "rank is larger than 7"),
         ("miss", 8, {}, "rank is larger than 7"),
         ("miss", 4, {"r2": 3}, "r2 = 3 does not divide 10"),
         ("miss", 4, {"r2": -2}, "r2 = -2 does not divide 10"),

@@ -128,6 +128,7 @@ def test_peft_computes_the_same_logits(name, case, tmp_path):
         ("rslora", "LORA", 4),
         ("dora", "LORA", 4),
         ("pissa", "LORA", 8),
+        ("lora-xs", "LORA", 4),
         ("vera", "VERA", 4),
         ("miss", "MISS", 4),
         ("bone-col", "MISS", 4),
@@ -153,7 +154,7 @@ def test_full_names_adapt_nothing_else(tmp_path):
     torch.testing.assert_close(peft_logits("llama", tmp_path), logits(model))
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "vera", "miss"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "lora-xs", "vera", "miss"])
 def test_layers_of_unequal_rank(method, tmp_path):
     model = make("llama", Case(method))
     layers = [
@@ -167,7 +168,7 @@ def test_layers_of_unequal_rank(method, tmp_path):
     torch.testing.assert_close(peft_logits("llama", tmp_path), logits(model), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "vera"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "lora-xs", "vera"])
 def test_a_client_with_fewer_slots_keeps_the_scale_of_the_whole(method, tmp_path):
     model = make("llama", Case(method))
     model.rerank(with_rank(model.spec, 2))
@@ -225,7 +226,7 @@ def test_exporting_again_gives_the_same_bytes(tmp_path):
     assert contents[0] == contents[1]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "vera"])
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "lora-xs", "vera"])
 def test_peft_warns_of_nothing_on_loading(method, tmp_path):
     """A tensor that PEFT misses or does not know is only a warning there."""
     export(make("gpt2", Case(method)), tmp_path, "gpt2")

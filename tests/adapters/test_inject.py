@@ -163,7 +163,7 @@ def test_state_is_a_copy():
     assert model.state().tensors["layers.0.A"].any()
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "vera", "miss"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "lora-xs", "vera", "miss"])
 def test_rerank_and_load_the_cut_tensors(method):
     """Cutting, loading at the small rank and growing again keeps the function of the cut."""
     case = Case(method)

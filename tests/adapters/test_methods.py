@@ -76,13 +76,15 @@ def test_merged_output_equals_unmerged_and_base_returns_bit_for_bit(case, conv1d
 @every_shape
 def test_starts_as_the_base_function(case, shape):
     d, k = shape
+    # R of LoRA-XS starts at size 1e-5, not at zero
+    almost = 1e-3 if case.method == "lora-xs" else 1e-6
     model = adapted(case, d, k, random=False)
     layer = only_layer(model)
     for x in inputs(k):
         with model.base_only():
             base = layer(x)
-        torch.testing.assert_close(layer(x), base, rtol=1e-6, atol=1e-6)
-    assert layer.delta_weight().abs().max() < 1e-6
+        torch.testing.assert_close(layer(x), base, rtol=almost, atol=almost)
+    assert layer.delta_weight().abs().max() < almost
 
 
 @every_case

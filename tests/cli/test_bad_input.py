@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from fedlora.checkpoint import RunStore
 from fedlora.config.load import load_job
@@ -76,6 +77,41 @@ def test_a_wrong_setting_is_refused(cli, job, tmp_path, override, parts):
     assert not (tmp_path / "run").exists()
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        *(
+            (f"{key}={LONG}", (key, "File name too long"))
+            for key in ("model.name", "data.source", "data.test", "adapter.start")
+        ),
+        ("data.source=~no-such-user/x", ("data.source", "home directory")),
+        ("adapter.start=~no-such-user/x", ("adapter.start", "home directory")),
+        (f"federation.strategy={LONG}.py:Mine", ("File name too long",)),
+        ("data.source=''", ("data.source", "at least 1")),
+        *((f"run.name={name!r}", ("run.name",)) for name in ("", "../up", "/abs", LONG)),
+        (r'run.name="a\nb"', ("run.name", "control characters")),
+        (r'run.name="a\u0000b"', ("run.name has a NUL",)),
+        (r'data.text="a\u0000b"', ("data.text has a NUL",)),
+        (r'data.labels=["a\u0000b"]', ("data.labels has a NUL",)),
+        (r'federation.strategy_options={"a\u0000b"=1}', ("federation.strategy_options has a NUL",)),
+        ("model.revision=a\udcffb", ("model.revision has", "no valid UTF-8")),
+    ],
+)
+def test_a_text_that_nothing_can_hold_is_refused(cli, job, tmp_path, override, parts):
+    done = cli("simulate", job, "--out", tmp_path / "run", "-o", override)
+    refused(done, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["simulate", "resume", "evaluate", "export", "inspect", "compare"])
+def test_a_path_that_is_too_long_is_refused(cli, tmp_path, verb):
+    out = ["--out", tmp_path / "out"] if verb in ("export", "compare") else []
+    refused(cli(verb, LONG, *out), "File name too long")
+
+
 def test_all_problems_are_reported_together(cli, job, tmp_path):
     wrong = options("adapter.rnk=3", "federation.strategy=fedti", 'run.seed="x"', "trainng.a=1")
     done = cli("simulate", job, "--out", tmp_path / "run", *wrong)
@@ -135,6 +171,44 @@ def test_a_client_without_examples_is_named(cli, job, tmp_path):
 
 def test_an_output_folder_in_use_is_refused(cli, job, finished):
     refused(cli("simulate", job, "--out", finished), "not empty", "fedlora resume")
+
+
+def test_an_output_below_a_file_is_refused_by_the_files_name(cli, job, finished, tmp_path):
+    file = tmp_path / "file.txt"
+    file.touch()
+    for out in (file / "run", file / "a" / "run"):
+        for words in (
+            ["simulate", job, "--out", out],
+            ["compare", job, "--out", out],
+            ["export", finished, "--out", out],
+            ["init", out],
+        ):
+            refused(cli(*words), f"{file} is a file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError(errno.ENOSPC, "No space left"), 3), (KeyboardInterrupt(), 130)]
+)
+def test_an_export_that_stops_midway_leaves_nothing(
+    cli, finished, tmp_path, monkeypatch, form, error, code
+):
+    """The tokenizer, which comes last, cannot be written."""
+    stale = tmp_path / ".out.01234567"  # of a process that was killed
+    stale.mkdir()
+    words = ["export", finished, "--format", form, "--out", tmp_path / "out"]
+
+    def stop(self, folder, **options):
+        assert os.listdir(folder)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", stop)
+        assert cli(*words).code == code
+    assert list(tmp_path.iterdir()) == [stale]
+    assert cli(*words).code == 0
+    assert set(tmp_path.iterdir()) == {stale, tmp_path / "out"}
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -34,7 +34,7 @@ def make_spec(method="lora", rank=2, heads=True, scale=2.0, **options):
 
 
 def with_basis(spec, seed=5):
-    """(spec, basis): random frozen tensors of the right shapes, for pissa and vera."""
+    """(spec, basis): random frozen tensors of the right shapes, for methods with a basis."""
     shapes = dict(METHODS[spec.method].basis_shapes(spec.layers))
     if spec.method == "vera":
         shapes = {"shared.A": (spec.rank, 7), "shared.B": (6, spec.rank)}

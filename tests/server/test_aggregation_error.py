@@ -13,7 +13,7 @@ from fedlora.server.aggregation_error import Trained, aggregation_error
 from tests.server.cases import randn
 from tests.strategies.rounds import change, cohort, ended_with, make, mean_change
 
-LOWRANK = ("lora", "rslora", "pissa", "vera", "miss")
+LOWRANK = ("lora", "rslora", "pissa", "lora-xs", "vera", "miss")
 
 
 def trained(updates):

@@ -30,6 +30,9 @@ class Tap:
     def roster(self):
         return self.link.roster()
 
+    def __getattr__(self, name):
+        return getattr(self.link, name)
+
     def exchange(self, tasks, parts, deadline_s):
         self.tasks.append(list(tasks))
         self.replies.append([])

@@ -7,7 +7,7 @@ import torch
 
 from fedlora.adapter import trained_shapes
 from fedlora.adapters import METHODS
-from fedlora.errors import RunFolderError
+from fedlora.errors import RunFolderError, StorageError
 from fedlora.server.admission import expected_size
 from fedlora.simulation.federation import Federation, load
 from fedlora.wire import decode_broadcast
@@ -200,8 +200,60 @@ def test_moments_are_kept_by_the_client_only_if_asked(make):
     for state, kept in (("reset", False), ("keep", True)):
         run = make(state, training={"optimizer_state": state})
         run.go()
-        found = sorted(p.name for p in (run.folder / "clients").rglob("*.safetensors"))
-        assert found == kept * (["0002.safetensors"] * 3 + ["0003.safetensors"] * 3)
+        found = sorted(p.name for p in (run.folder / "clients").rglob("*.state"))
+        assert found == kept * sorted(f"000{n}.state" for n in (1, 2, 3) for _ in range(3))
+
+
+def test_moments_that_were_damaged_are_refused_until_they_are_removed(make):
+    run = make(training={"optimizer_state": "keep"})
+    run.go(until=2)
+    (kept,) = (run.folder / "clients" / "client-001").glob("0002.*")
+    data = bytearray(kept.read_bytes())
+    data[-1] ^= 1
+    kept.write_bytes(data)
+    run.go()
+    (rejected,) = run.of("rejected")
+    assert (rejected["client"], rejected["code"]) == ("client-001", "CLIENT_ERROR")
+    assert str(kept) in rejected["detail"]
+    assert run.of("round")[-1]["clients"] == ["client-000", "client-002"]
+    kept.unlink()
+    (run.folder / "rounds" / "0003" / "global.safetensors").unlink()
+    run.go()
+    assert len(run.of("rejected")) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory\nmore"), KeyError("x"), OSError()])
+def test_a_client_that_fails_in_any_way_is_a_client_that_failed(make, error):
+    """torch reports memory that ran out as a RuntimeError."""
+
+    def failing(federation):
+        def work(client, manifest, fetch):
+            if client == "client-001":
+                raise error
+            return federation._work(client, manifest, fetch)
+
+        return work
+
+    run = make(federation={"rounds": 1})
+    run.go(work=failing)
+    (rejected,) = run.of("rejected")
+    assert (rejected["client"], rejected["code"]) == ("client-001", "CLIENT_ERROR")
+    first = (str(error).splitlines() or [""])[0]
+    assert rejected["detail"] == f"{type(error).__name__}: {first}"
+    assert run.of("round")[0]["clients"] == ["client-000", "client-002"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("full")])
+def test_ctrl_c_and_a_full_disk_are_no_failure_of_a_client(make, error):
+    def failing(federation):
+        def work(client, manifest, fetch):
+            raise error
+
+        return work
+
+    run = make(federation={"rounds": 1})
+    with pytest.raises(type(error)):
+        run.go(work=failing)
 
 
 def finished(make, name="run"):
@@ -275,7 +327,7 @@ def test_every_method_runs_and_resumes(make, method):
     errors = [event["aggregation_error"] for event in whole.of("round")]
     if method == "dora":
         assert errors == [None, None]
-    elif method in ("miss", "bone-col", "bone-row"):
+    elif METHODS[method].affine:
         assert max(errors) < 1e-5
     else:
         assert max(errors) > 1e-5

@@ -241,6 +241,37 @@ def test_unequal_ranks_train_and_merge_exactly(make, strategy):
     assert max(small) < max(large)
 
 
+NESTED = """
+from fedlora.strategies.fedit import FedIT
+
+
+class Nested(FedIT):
+    name = "nested"
+    exact = True
+    hetero_rank = True
+"""
+
+
+def test_lora_xs_of_unequal_ranks_trains_merges_exactly_and_resumes(make, tmp_path):
+    """Each client works with the leading slots of the one basis that all of them received."""
+    (tmp_path / "nested.py").write_text(NESTED)
+    sections = {
+        "adapter": {"method": "lora-xs", "rank": 4},
+        "scenario": {"ranks": [4, 1, 3]},
+        "federation": {"strategy": f"{tmp_path / 'nested.py'}:Nested", "rounds": 4},
+    }
+    whole, pieces = make("whole", **sections), make("pieces", **sections)
+    whole.go()
+    for until in (1, 4):
+        pieces.go(until)
+    assert whole.adapters() == pieces.adapters()
+    assert len(set(whole.adapters())) == 4
+    assert not whole.of("rejected")
+    assert all(event["aggregation_error"] < 1e-5 for event in whole.of("round"))
+    sizes = {r.client: len(r.payload) for replies in whole.tap.replies for r in replies}
+    assert len(set(sizes.values())) == 3
+
+
 def test_unequal_ranks_are_refused_by_factor_averaging(make):
     run = make(scenario={"ranks": [2, 1]})
     with pytest.raises(ConfigError, match="needs equal ranks"):

@@ -13,8 +13,9 @@ from tests.adapters import dense
 from tests.server.cases import make_spec, randn, random_state, with_basis
 
 BILINEAR = ("lora", "rslora", "pissa", "vera")
+AFFINE = ("lora-xs", "miss", "bone-col", "bone-row")
 PAIRS = [
-    *(("fedit", method) for method in (*BILINEAR, "miss", "bone-col", "bone-row", "dora")),
+    *(("fedit", method) for method in (*BILINEAR, *AFFINE, "dora")),
     *(("ffa-lora", method) for method in BILINEAR),
     *(("rolora", method) for method in BILINEAR),
 ]

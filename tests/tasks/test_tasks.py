@@ -91,7 +91,7 @@ def test_every_method_federates_classification_and_exports(bert, labelled, tmp_p
     assert merged.config.id2label == {0: "alpha", 1: "beta", 2: "gamma"}
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "vera", "bone-col"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "lora-xs", "vera", "bone-col"])
 def test_conv1d_models_federate_and_merge(gpt2, questions, tmp_path, method):
     made = job(gpt2, questions, adapter={"rank": 4, "method": method})
     summary, _ = run(made, tmp_path / "run")

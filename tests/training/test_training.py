@@ -248,13 +248,13 @@ def test_a_factor_that_is_not_planned_keeps_every_bit(make, factor):
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", "dora", "pissa", "vera", "miss", "bone-col", "bone-row"]
+    "method", ["lora", "dora", "pissa", "lora-xs", "vera", "miss", "bone-col", "bone-row"]
 )
 def test_the_base_keeps_every_bit(make, method):
     made = make(method)
     before = {k: v.clone() for k, v in made.model.state_dict().items()}
     own = set(made.parameters())
-    run(made, replace(WORK, factors=("A", "B", "D", "b", "v", "m")), ADAMW)
+    run(made, replace(WORK, factors=("A", "B", "D", "R", "b", "v", "m")), ADAMW)
     trained = {id(p) for p in made.parameters().values()}
     assert own
     for name, parameter in made.model.named_parameters():
