@@ -43,6 +43,13 @@ class Coordinate(Wrapper):
 
     def check(self, given: Conditions) -> None:
         super().check(given)
+        *_, core = self.inside()
+        if core.budgets:
+            raise ConfigError(
+                f"wrapper {self.name!r} compares tensors element by element, but with strategy "
+                f"{core.name!r} clients choose which rank slots they send; choose krum or "
+                'geometric-median with space = "product"'
+            )
         if any(isinstance(strategy, Scaffold) for strategy in self.inside()):
             raise ConfigError(
                 f"wrapper {self.name!r} makes one update of all, but scaffold inside it counts "

@@ -76,6 +76,12 @@ class Scaffold(Wrapper):
                 f'{given.momentum:g}; set training.optimizer = "sgd" and training.momentum = 0'
             )
         refuse_new_gauge(self, "the control variates")
+        *_, core = self.inside()
+        if core.budgets:
+            raise ConfigError(
+                "wrapper 'scaffold' needs every client to train the same slots, but with strategy "
+                f"{core.name!r} clients choose theirs; choose fedit, ffa-lora or rolora"
+            )
         for strategy in self.inside():
             screens = isinstance(strategy, Wrapper) and (
                 type(strategy).screen is not Wrapper.screen

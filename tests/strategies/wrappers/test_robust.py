@@ -123,3 +123,10 @@ def test_what_the_strategy_inside_refuses_is_refused(wrapper):
     chosen, state, _ = wrapped(wrapper)
     with pytest.raises(ConfigError, match="strategy 'fedit' needs equal ranks"):
         check(chosen, state, ranks=[2, 1] * 6, optimizer="sgd")
+
+
+@pytest.mark.parametrize("wrapper", ["coordinate-median", "trimmed-mean", "scaffold"])
+def test_slots_that_clients_choose_themselves_are_refused(wrapper):
+    inner, state, _ = make("lora-a2")
+    with pytest.raises(ConfigError, match="with strategy 'lora-a2' clients choose"):
+        check(WRAPPERS[wrapper](inner), state, optimizer="sgd")
