@@ -43,7 +43,9 @@ def strategy_errors(
     before = _versions(held)
     try:
         yield at
-        if changed := sorted({k for k, _ in before.items() ^ _versions(held).items()}):
+        after = _versions(held)
+        # in the order of `held`: a change of what is shared is told of the state
+        if changed := [k for k in before | after if before.get(k) != after.get(k)]:
             place, name = changed[0]
             raise StrategyError(
                 f"{at.name} changed tensor {name} of {place} it was given; a strategy must "
@@ -65,7 +67,9 @@ def strategy_errors(
 
 def starts(updates: Iterable[ClientUpdate]) -> Watched:
     """The starts of updates; clients of one rank share theirs, which is watched once."""
-    distinct = {id(update.begin.tensors): update for update in updates}
+    distinct: dict[int, ClientUpdate] = {}
+    for update in updates:
+        distinct.setdefault(id(update.begin.tensors), update)
     return {f"the start of client {u.client}": u.begin.tensors for u in distinct.values()}
 
 
