@@ -197,6 +197,7 @@ class Federation:
             Conditions(
                 self.spec,
                 [client.rank for client in self.scenario.clients],
+                clients_per_round=job.federation.clients_per_round,
                 optimizer=job.training.optimizer,
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,

@@ -51,6 +51,7 @@ class Conditions:
     Attributes:
         spec: the global adapter.
         ranks: rank of every client.
+        clients_per_round: clients that are asked in a round; None for all.
         optimizer: the clients' optimiser.
         optimizer_state: whether clients keep its moments between rounds.
         momentum: momentum of sgd.
@@ -60,6 +61,7 @@ class Conditions:
 
     spec: AdapterSpec
     ranks: Sequence[int]
+    clients_per_round: int | None = None
     optimizer: str = "adamw"
     optimizer_state: str = "reset"
     momentum: float = 0.0
@@ -146,6 +148,7 @@ class Strategy(ABC):
             factors), or "product" (the change is s B A and nothing else).
         regauges: factors are made anew between rounds, so that what clients or the server
             remember of the old ones (moments, control variates) means nothing.
+        folds: a part of every merge goes into the base, beside the factors.
         personal: a part of the adapter stays at each client; there is no global model.
         budgets: every client holds the whole adapter; its rank says how many slots per layer,
             on average, it may train.
@@ -170,6 +173,7 @@ class Strategy(ABC):
     hetero_rank: bool
     needs: Needs = "any"
     regauges: bool = False
+    folds: bool = False
     personal: bool = False
     budgets: bool = False
     asynchronous: bool = False

@@ -45,6 +45,7 @@ class FedExLora(Strategy):
     linear = False
     hetero_rank = True
     needs = "product"
+    folds = True
     options: ClassVar[Mapping[str, Any]] = {"residual_rank": 0, "residual_scale": 1.0}
 
     def __init__(self, traits: MethodTraits, options: Mapping[str, Any] | None = None) -> None:

@@ -40,6 +40,7 @@ class Flora(Strategy):
     hetero_rank = True
     needs = "product"
     regauges = True
+    folds = True
 
     def factors(self, state: StrategyState) -> tuple[str, ...]:
         return tuple(sorted(bilinear(self.traits)))

@@ -14,6 +14,7 @@ from fedlora.strategies.conformance.federation import MIXED, Federation, expecte
 from fedlora.strategies.conformance.law import Law, require
 from fedlora.strategies.conformance.reference import adapter_effect, distance, effect
 from fedlora.strategies.conformance.soundness import json_safe, sound, whole
+from fedlora.strategies.fold import folds
 from fedlora.wire import encode_json, encode_tensors
 
 NEEDS = ("any", "bilinear", "product")
@@ -37,7 +38,7 @@ def declared(federation: Federation) -> None:
     strategy = federation.strategy()
     name = getattr(strategy, "name", None)
     require(isinstance(name, str) and bool(name), f"name = {name!r}", "a text")
-    for key in ("exact", "linear", "hetero_rank", "regauges", "personal", "asynchronous"):
+    for key in ("exact", "linear", "hetero_rank", "regauges", "folds", "personal", "asynchronous"):
         value = getattr(strategy, key, None)
         require(isinstance(value, bool), f"{key} = {value!r}", "True or False")
     require(strategy.needs in NEEDS, f"needs = {strategy.needs!r}", " or ".join(NEEDS))
@@ -52,6 +53,13 @@ def declared(federation: Federation) -> None:
     except (TypeError, ValueError) as e:
         require(False, f"options = {strategy.options!r} ({e})", "JSON values by name")
     admit(federation, strategy)
+    if not strategy.folds:
+        for state in federation.walk():
+            require(
+                not folds(state.tensors),
+                "the state holds a fold of the base, and folds = False",
+                "folds = True for a strategy that changes the base",
+            )
 
 
 def chosen(federation: Federation, states: Iterable[StrategyState]) -> None:

@@ -59,6 +59,7 @@ class Wrapper(Strategy):
         self.privacy = self.privacy & inner.privacy
         self.needs = inner.needs
         self.regauges = inner.regauges
+        self.folds = inner.folds
         self.personal = inner.personal
         self.waives = {**inner.waives, **self.waives}
         self.budgets = inner.budgets

@@ -47,9 +47,9 @@ class MultiKrum(Spaced):
     def check(self, given: Conditions) -> None:
         super().check(given)
         self.check_space()
-        n = len(given.ranks)
+        n = min(len(given.ranks), given.clients_per_round or len(given.ranks))
         if why := self._too_few(n):
-            raise ConfigError(f"wrapper {self.name!r}, federation of {n} clients: {why}")
+            raise ConfigError(f"wrapper {self.name!r}, rounds of {n} clients: {why}")
 
     def screen(self, state: StrategyState, updates: Updates) -> tuple[Updates, dict[str, Any]]:
         n = len(updates)

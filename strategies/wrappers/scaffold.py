@@ -34,7 +34,7 @@ from fedlora.strategies.base import (
     Updates,
 )
 from fedlora.strategies.wrappers.base import Wrapper
-from fedlora.strategies.wrappers.gauge import refuse_fold, refuse_new_gauge
+from fedlora.strategies.wrappers.gauge import refuse_new_gauge
 
 
 class Scaffold(Wrapper):
@@ -138,7 +138,6 @@ class Scaffold(Wrapper):
         control = {k: v for k, v in stats.sums.items() if k.startswith(CONTROL)}
         own = {k: v for k, v in stats.sums.items() if k not in control}
         merged = self.inner.refactor(state, replace(stats, sums=own))
-        refuse_fold(self, state, merged)
         tensors = dict(merged.tensors)
         rate = float(self.settings["rate"])
         for key, total in control.items():

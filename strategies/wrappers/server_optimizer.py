@@ -29,7 +29,7 @@ from fedlora.adapter import trained_shapes
 from fedlora.errors import ConfigError
 from fedlora.strategies.base import Conditions, Stats, Strategy, StrategyState
 from fedlora.strategies.wrappers.base import Wrapper
-from fedlora.strategies.wrappers.gauge import refuse_fold, refuse_new_gauge
+from fedlora.strategies.wrappers.gauge import refuse_new_gauge
 
 
 class ServerOptimizer(Wrapper):
@@ -54,7 +54,6 @@ class ServerOptimizer(Wrapper):
 
     def refactor(self, state: StrategyState, stats: Stats) -> StrategyState:
         merged = self.inner.refactor(state, stats)
-        refuse_fold(self, state, merged)
         tensors = dict(merged.tensors)
         prefix = f"opt.{self.name}"
         counts: dict[str, int] = dict(merged.extra.get(prefix, {}))

@@ -69,7 +69,7 @@ def test_hostile_clients_far_from_the_others_are_left_out():
 def test_too_few_updates_for_so_many_hostile_ones(wrapper):
     chosen, state, _ = wrapped(wrapper, options={"hostile": 2})
     check(chosen, state, n=7)
-    with pytest.raises(ConfigError, match=r"federation of 6 clients: 2 hostile .* 2 \* 2 \+ 2 = 6"):
+    with pytest.raises(ConfigError, match=r"rounds of 6 clients: 2 hostile .* 2 \* 2 \+ 2 = 6"):
         check(chosen, state, n=6)
     with pytest.raises(StrategyError, match=r"round of 6 updates: 2 hostile .* to at most 1"):
         chosen.reduce(state, crowd(chosen, state, 6))

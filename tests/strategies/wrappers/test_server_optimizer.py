@@ -1,17 +1,17 @@
 """Server optimisers against torch's own and the algorithm written out."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from fedlora.adapters import METHODS
 from fedlora.checkpoint import Committed
-from fedlora.errors import ConfigError, StrategyError
+from fedlora.errors import ConfigError
 from fedlora.server.rounds import resume_state
-from fedlora.strategies.fold import add_fold
+from fedlora.strategies.fedex_lora import FedExLora
+from fedlora.strategies.flora import Flora
 from fedlora.strategies.wrappers import WRAPPERS
-from tests.server.cases import randn, random_state
-from tests.strategies.rounds import make, update
+from tests.server.cases import random_state
+from tests.strategies.rounds import make
 from tests.strategies.wrappers.around import Products, check, crowd, next_state, wrapped
 
 NAMES = ("fedadam", "fedyogi", "fedadagrad", "fedmomentum")
@@ -176,19 +176,11 @@ def test_factors_that_are_made_anew_have_no_moments(name):
     check(wrapped(name)[0], state, privacy="client")
 
 
-def test_a_strategy_that_folds_is_stopped():
-    chosen, state, _ = wrapped("fedadam")
-    inner = chosen.inner
-
-    class Folding(type(inner)):
-        def refactor(self, state, stats):
-            new = super().refactor(state, stats)
-            pairs = {x.name: (randn(x.out, 1), randn(1, x.inp)) for x in state.spec.layers}
-            return replace(new, tensors=add_fold(new.tensors, state.spec, new.round, pairs))
-
-    folding = WRAPPERS["fedadam"](Folding(inner.traits))
-    with pytest.raises(StrategyError, match="folds a part of every round into the base"):
-        next_state(folding, state, [update(inner, state, "ann", 1)])
+@pytest.mark.parametrize("core", [Flora, FedExLora])
+def test_a_strategy_that_folds_is_refused(core):
+    _, state, _ = wrapped("fedadam")
+    with pytest.raises(ConfigError, match=r"makes the factors anew|folds a part of every round"):
+        check(WRAPPERS["fedadam"](core(METHODS["lora"])), state)
 
 
 @pytest.mark.parametrize(
