@@ -135,6 +135,7 @@ class FedloraStrategy(FedAvg):
             ConfigError: the arrays are no LoRA adapter, or the strategy needs other clients.
         """
         state, naming = self._begin(arrays)
+        self.rejected = []
         plan, start = hand_out(self.strategy, state)
         factors = [naming.factor(name) for name in plan.factors]
         told = ConfigRecord({**config, FACTORS: factors})
@@ -208,8 +209,8 @@ class FedloraStrategy(FedAvg):
         self, replies: Iterable[Message], step: str, admit: Callable[[Message, str], object]
     ) -> list[RecordDict]:
         """The contents of the replies that `admit` takes, reduced to the metrics all have."""
-        self.rejected = []
         passed: dict[str, RecordDict] = {}
+        failures = 0
         for message in replies:
             # padded, so that names sort as numbers do
             client = f"{message.metadata.src_node_id:020d}"
@@ -220,11 +221,12 @@ class FedloraStrategy(FedAvg):
                     raise UpdateRejected(client, "STALE", "a second reply in one round")
                 admit(message, client)
             except UpdateRejected as e:
+                failures += 1
                 self.rejected.append(e)
                 log(WARNING, "%s: %s", step, e)
                 continue
             passed[client] = message.content
-        log(INFO, "%s: %s usable replies, %s failures", step, len(passed), len(self.rejected))
+        log(INFO, "%s: %s usable replies, %s failures", step, len(passed), failures)
         return comparable([passed[client] for client in sorted(passed)])
 
     def _weight(self, message: Message, client: str) -> float:

@@ -170,7 +170,8 @@ class FederationSection(Section):
     """Who takes part and how updates are merged."""
 
     strategy: str = "fedit"
-    """fedit, ffa-lora, rolora, `file.py:Class` or `package.module:Class`."""
+    """fedit, ffa-lora, rolora, `file.py:Class`, `package.module:Class`, or a stock
+    strategy of Flower such as `flwr:FedAdam`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []
