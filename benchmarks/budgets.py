@@ -20,7 +20,8 @@ def read_at(runs: list[dict[str, Any]], steps: float) -> str:
     values = []
     for run in runs:
         before = [point["value"] for point in run["curve"] if point["steps"] <= steps]
-        if before:
+        # a run that failed or diverged has no score, and an earlier one is not its score
+        if run["status"] == "done" and before and before[-1] is not None:
             values.append(before[-1])
     return f"{100 * mean(values):.1f}" if values else "-"
 

@@ -147,7 +147,7 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
 def _misfit(masks: tuple[int, ...] | None, expected: Expectation) -> str:
     """Why the slots of a reply are not those it may send; empty when they are."""
     if (masks is not None) != bool(expected.slots):
-        return "names rank slots without being asked to" if masks else "names no rank slots"
+        return "names no rank slots" if masks is None else "names rank slots without being asked"
     if masks is None:
         return ""
     layers = expected.spec.layers

@@ -126,9 +126,10 @@ class Handout:
                 f"the plan trains factor {odd[0]!r}; method {self.run.method.name!r} has "
                 f"{', '.join(known)}"
             )
-        if not 1 <= plan.rank <= client.rank:
+        most = self.state.spec.rank if self.run.strategy.budgets else client.rank
+        if not 1 <= plan.rank <= most:
             raise StrategyError(
-                f"the plan gives client {client.name} rank {plan.rank}; expected 1 to {client.rank}"
+                f"the plan gives client {client.name} rank {plan.rank}; expected 1 to {most}"
             )
         return plan
 

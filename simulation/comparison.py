@@ -1,150 +1,163 @@
-"""Comparison of strategies and baselines at equal local work, over seeds.
+"""Comparison of contenders and baselines over levels of skew and seeds.
 
 Each run is an ordinary run folder, so that an interrupted comparison goes on where it was.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fedlora.checkpoint import RunStore
 from fedlora.config.job import Job
+from fedlora.errors import ConfigError, RunFolderError
+from fedlora.report.comparison import FORMAT, parse_comparison, skew_text
+from fedlora.report.comparison_csv import summary_rows
 from fedlora.report.headline import headline
-from fedlora.simulation.baselines import run_centralised, run_local
+from fedlora.simulation.contenders import (
+    Contender,
+    check_skews,
+    contender_jobs,
+    placed,
+    run_name,
+)
 from fedlora.simulation.federation import Emit, Federation, Loaded, load, machine
-from fedlora.simulation.metrics import MetricsLog
+from fedlora.simulation.measured import baseline_run, check_folder, strategy_run
 from fedlora.storage import write_atomic
 from fedlora.wire import encode_json
 
 Announce = Callable[[str], None]
+Equal = Literal["rounds", "bytes"]
 
 
 def compare(
     job: Job,
     folder: Path,
     *,
-    strategies: Sequence[str],
-    baselines: Sequence[str],
-    num_seeds: int,
+    contenders: Sequence[Contender],
+    baselines: Sequence[str] = (),
+    num_seeds: int = 1,
+    skews: Sequence[float] = (),
+    equal: Equal = "rounds",
     emit: Emit | None = None,
     announce: Announce | None = None,
 ) -> dict[str, Any]:
     """Runs everything that is missing in `folder` and writes comparison.json.
 
+    A contender whose strategy fails, or which stays below its quorum, is recorded as failed,
+    and the others go on.
+
     Args:
         job: what all runs share.
-        folder: one run folder per strategy and seed is made in it, or continued.
-        strategies: names as in federation.strategy.
+        folder: one run folder per contender, level and seed is made in it, or continued.
+        contenders: what is compared; the first one is what differences are taken to.
         baselines: "local", "centralised".
         num_seeds: seeds from run.seed up; a seed changes data division and all draws.
+        skews: Dirichlet concentrations, one block of results each; without any, the job's own
+            division of the data.
+        equal: at which cost scores are read.
         emit: receives the events of every run.
         announce: told what comes next.
 
     Returns:
         the comparison, as written.
+
+    Raises:
+        ConfigError: contenders, baselines or levels that cannot be compared.
+        RunFolderError: a run in `folder` was made with other settings, is damaged or in use.
+        StorageError: the disk refused.
     """
+    jobs = contender_jobs(job, contenders, baselines)
+    check_skews(job, skews)
+    levels: list[float | None] = [*skews] or [None]
     seeds = [job.run.seed + i for i in range(num_seeds)]
-    metric = headline(job.model.task).key
+    places = [(skew, seed) for skew in levels for seed in seeds]
+    for skew, seed in places:
+        for label, mine in jobs.items():
+            path = folder / "runs" / run_name(label, skew, seed)
+            check_folder(placed(mine, skew, seed), path, f"contender {label!r}")
     runs: list[dict[str, Any]] = []
-    for seed in seeds:
-        seeded = job.model_copy(update={"run": job.run.model_copy(update={"seed": seed})})
-        loaded = load(seeded)
-        for name in strategies:
-            if announce:
-                announce(f"{name}, seed {seed}")
-            federation = job.federation.model_copy(update={"strategy": name})
-            variant = seeded.model_copy(update={"federation": federation})
-            place = folder / "runs" / f"{_safe(name)}-seed{seed}"
-            runs.append(_strategy_run(variant, loaded, place, name, metric, emit))
+    for skew, seed in places:
+        loader = _Loader()
+        here = {label: placed(mine, skew, seed) for label, mine in jobs.items()}
+        if not runs:
+            for label, mine in here.items():
+                with _named(label):
+                    # what cannot run is refused before hours of what can
+                    Federation(mine, loader.of(mine))
+        for label, mine in here.items():
+            _say(announce, label, skew, seed)
+            with _named(label):
+                path = folder / "runs" / run_name(label, skew, seed)
+                found = strategy_run(mine, loader.of(mine), path, emit)
+            runs.append({"label": label, "skew": skew, "seed": seed, **found})
         for name in baselines:
-            if announce:
-                announce(f"baseline {name}, seed {seed}")
-            place = folder / "baselines" / f"{name}-seed{seed}"
-            runs.append(_baseline_run(seeded, loaded, place, name, metric, emit))
-    comparison = {
+            _say(announce, f"baseline {name}", skew, seed)
+            with _named(name):
+                path = folder / "baselines" / run_name(name, skew, seed)
+                mine = placed(job, skew, seed)
+                found = baseline_run(mine, loader.of(mine), path, name, emit)
+            runs.append({"label": name, "skew": skew, "seed": seed, **found})
+    metric = _score(job, runs)
+    comparison: dict[str, Any] = {
+        "format": FORMAT,
         "name": job.run.name,
         "metric": metric,
-        "machine": machine(job.run.threads),
+        "equal": equal,
+        "reference": contenders[0].label if contenders else None,
+        "contenders": [
+            *({"label": c.label, "kind": "strategy", "overrides": c.overrides} for c in contenders),
+            *({"label": name, "kind": "baseline", "overrides": ()} for name in baselines),
+        ],
+        "levels": levels,
+        # without a test file the clients' validation parts are the test, and they differ
+        "own_test": job.data.test is None,
         "seeds": seeds,
         "rounds": job.federation.rounds,
         "steps_per_client": job.federation.rounds * job.training.local_steps,
+        "machine": machine(job.run.threads),
         "runs": runs,
     }
+    comparison["summary"] = summary_rows(parse_comparison(comparison))
     write_atomic(folder / "comparison.json", encode_json(comparison))
     return comparison
 
 
-def _strategy_run(
-    job: Job, loaded: Loaded, folder: Path, label: str, metric: str, emit: Emit | None
-) -> dict[str, Any]:
-    federation = Federation(job, loaded, emit=emit)
-    if (folder / "HEAD").is_file():
-        store = RunStore.open(folder, job.digest())
-    else:
-        store = federation.start(folder)
+class _Loader:
+    """Model and data, shared by the contenders that need the same; one at a time in memory."""
+
+    def __init__(self) -> None:
+        self._key: dict[str, Any] = {}
+        self._loaded: Loaded | None = None
+
+    def of(self, job: Job) -> Loaded:
+        sections = {"model", "data", "partition", "adapter", "run"}
+        key = job.model_dump(mode="json", include=sections)
+        if self._loaded is None or key != self._key:
+            self._loaded = None
+            self._loaded, self._key = load(job), key
+        return self._loaded
+
+
+def _score(job: Job, runs: list[dict[str, Any]]) -> str:
+    """The metric that is compared; every point of every curve gets its value."""
+    seen = {key for run in runs for key in (*run.pop("base"), *run["final"])}
+    metric = headline(job.model.task, dict.fromkeys(seen, 0.0)).key
+    for run in runs:
+        for point in run["curve"]:
+            point["value"] = point["scores"].get(metric)
+    return metric
+
+
+def _say(announce: Announce | None, what: str, skew: float | None, seed: int) -> None:
+    if announce:
+        level = "" if skew is None else f", alpha {skew_text(skew)}"
+        announce(f"{what}{level}, seed {seed}")
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Errors of one contender say whose they are."""
     try:
-        federation.run(store)
-    finally:
-        store.close()
-    events = [e for e in MetricsLog(folder / "metrics.jsonl").read() if e["event"] == "round"]
-    steps = job.training.local_steps
-    sent = 0
-    curve = []
-    for event in events:
-        sent += event["bytes_up"] + event["bytes_down"]
-        if metric in event["eval"]:
-            curve.append(
-                {
-                    "round": event["round"],
-                    "steps": event["round"] * steps,
-                    "value": event["eval"][metric],
-                    "bytes": sent,
-                }
-            )
-    errors = [e["aggregation_error"] for e in events if e["aggregation_error"] is not None]
-    return {
-        "label": label,
-        "kind": "strategy",
-        "seed": job.run.seed,
-        "curve": curve,
-        "final": events[-1]["eval"],
-        "aggregation_error": sum(errors) / len(errors) if errors else None,
-        "bytes_up": sum(e["bytes_up"] for e in events),
-        "bytes_down": sum(e["bytes_down"] for e in events),
-        "server_s": sum(e["seconds"]["reduce"] + e["seconds"]["refactor"] for e in events),
-    }
-
-
-def _baseline_run(
-    job: Job, loaded: Loaded, folder: Path, name: str, metric: str, emit: Emit | None
-) -> dict[str, Any]:
-    steps = job.training.local_steps
-    if name == "local":
-        found = run_local(job, loaded, folder, emit)
-        final: Mapping[str, float] = found["mean"]
-        total = found["steps_per_client"]
-        points = [(job.federation.rounds, total, final)]
-    else:
-        found = run_centralised(job, loaded, folder, emit)
-        final = found["final"]
-        # in steps per client, so that one x-axis means equal local work
-        points = [(p["round"], p["round"] * steps, p["eval"]) for p in found["rounds"]]
-    return {
-        "label": name,
-        "kind": "baseline",
-        "seed": job.run.seed,
-        "curve": [
-            {"round": number, "steps": count, "value": scores[metric], "bytes": 0}
-            for number, count, scores in points
-            if metric in scores
-        ],
-        "final": dict(final),
-        "aggregation_error": None,
-        "bytes_up": 0,
-        "bytes_down": 0,
-        "server_s": 0.0,
-    }
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        yield
+    except (ConfigError, RunFolderError) as e:
+        raise type(e)(f"contender {label!r}: {e}") from e

@@ -29,6 +29,7 @@ from fedlora.messages import ClientUpdate
 from fedlora.models.loading import BaseModel, Processor, load_base, load_processor
 from fedlora.server.admission import Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.link import Link
 from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.server.run_parts import Event, RoundSettings, RunParts
 from fedlora.simulation.local import LocalLink
@@ -207,7 +208,8 @@ class Federation:
                 f"federation.buffer = {federation.buffer} is more than the {len(self.clients)} "
                 "clients of the federation; choose at most that"
             )
-        self.link = LocalLink(self.scenario, self._work, progress)
+        self._local = LocalLink(self.scenario, self._work, progress)
+        self.link: Link = self._local
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
         self.sent_basis = loaded.adapted.basis if derived else {}
@@ -238,6 +240,7 @@ class Federation:
             "rounds": job.federation.rounds,
             "num_trained": num_trained,
             "num_test": len(test),
+            "personal": self.strategy.personal,
             "eval": base_scores,
             "labels": list(loaded.data.labels),
             "clients": {
@@ -276,6 +279,7 @@ class Federation:
         job = self.job
         self._folder = store.folder
         committed = store.load()
+        self._local.remember(store.folder / "held.json", committed.round)
         genesis = store.record(0) or committed.record
         if genesis.get("spec_digest", self.spec.digest()) != self.spec.digest():
             raise RunFolderError(
@@ -333,7 +337,7 @@ class Federation:
             return run_rounds(parts, state, until)
         buffered = BufferedRounds(
             parts,
-            self.link,
+            self._local,
             BufferSettings(
                 federation.buffer,
                 federation.clients_per_round,

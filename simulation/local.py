@@ -1,15 +1,20 @@
 """LocalLink: every client in this process, through the same bytes as over a network."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedlora.errors import FedloraError, StorageError
 from fedlora.messages import ClientUpdate
 from fedlora.server.link import Reply, Task
 from fedlora.simulation.scenario import Scenario
+from fedlora.storage import write_atomic
 from fedlora.strategies.base import ClientInfo
-from fedlora.wire import decode_broadcast, encode_update
+from fedlora.wire import decode_broadcast, encode_json, encode_update
 
+# client -> part -> digest
+Held = dict[str, list[str]]
 Work = Callable[[str, bytes, Callable[[str], bytes]], ClientUpdate]
 
 
@@ -26,7 +31,7 @@ class _Due:
 class LocalLink:
     """Runs tasks one after the other, or, submitted, in the order in which they are due.
 
-    After a resume, bytes down count once more the parts that clients held before it.
+    After a resume of an asynchronous run, bytes down count parts once more that clients held.
 
     Args:
         scenario: who exists, who is absent, slow or hostile.
@@ -41,10 +46,31 @@ class LocalLink:
         self.work = work
         self.progress = progress
         # digests of the parts each client holds from earlier rounds
-        self._held: dict[str, frozenset[str]] = {}
+        self._held: Held = {}
         # of asynchronous work: virtual seconds so far, and what is at work
         self._clock = 0.0
         self._queue: dict[str, _Due] = {}
+        self._path: Path | None = None
+        # of the last two rounds: the last one may be cut off before its commit
+        self._by_round: dict[int, Held] = {}
+
+    def remember(self, path: Path, committed: int) -> None:
+        """Keeps what clients hold in a file, and takes up what they held after a round.
+
+        A resumed run then counts the same bytes as one that was never interrupted. Without a
+        readable file clients hold nothing, and are sent everything once more.
+
+        Args:
+            path: the file.
+            committed: the round the run goes on from.
+        """
+        self._path = path
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            self._by_round = {int(n): held for n, held in found.items() if int(n) <= committed}
+        except (OSError, ValueError, AttributeError):
+            self._by_round = {}
+        self._held = dict(self._by_round.get(committed, {}))
 
     def roster(self) -> Sequence[ClientInfo]:
         return self.scenario.clients
@@ -84,13 +110,20 @@ class LocalLink:
             reply = self._one(task, parts, deadline_s)
             if reply is not None:
                 yield reply
+        if self._path is not None and tasks:
+            number = decode_broadcast(tasks[0].manifest).plan.round
+            kept = {n: held for n, held in self._by_round.items() if n == number - 1}
+            self._by_round = {**kept, number: dict(self._held)}
+            write_atomic(
+                self._path, encode_json({str(n): held for n, held in self._by_round.items()})
+            )
 
     def _one(self, task: Task, parts: Mapping[str, bytes], deadline_s: float) -> Reply | None:
         broadcast = decode_broadcast(task.manifest)
         plan, client = broadcast.plan, task.client
         if self.scenario.absent(client, plan.round, plan.attempt):
             return None
-        held = self._held.get(client, frozenset())
+        held = set(self._held.get(client, ()))
         fetched: set[str] = set()
 
         def fetch(digest: str) -> bytes:
@@ -105,7 +138,7 @@ class LocalLink:
             # a straggler would train in vain: its reply comes when the round is closed, and
             # it fetches everything it could need
             fetched.update(broadcast.parts.values())
-            self._held[client] = frozenset(broadcast.parts.values())
+            self._held[client] = sorted(broadcast.parts.values())
             return Reply(client, b"", b"", down(), deadline_s)
         if self.progress:
             self.progress(client)
@@ -121,6 +154,6 @@ class LocalLink:
         finally:
             # what the broadcast still names is kept; the rest is of no more use
             now = set(broadcast.parts.values())
-            self._held[client] = frozenset((held & now) | fetched)
+            self._held[client] = sorted((held & now) | fetched)
         manifest, payload = encode_update(self.scenario.tamper(update))
         return Reply(client, manifest, payload, down(), seconds)

@@ -7,6 +7,7 @@ from typing import Any
 from fedlora.adapter import AdapterState
 from fedlora.adapters.files import AdapterFolder, save_adapter
 from fedlora.checkpoint import RunStore
+from fedlora.models.assemble import PERSONAL
 from fedlora.simulation.baselines import run_centralised, run_local
 from fedlora.simulation.federation import Emit, Federation, Scores
 from fedlora.simulation.metrics import MetricsLog
@@ -34,11 +35,12 @@ def finish(
     job, loaded = federation.job, federation.loaded
     adapter = federation.strategy.global_delta(state)
     folder = store.folder
-    _save(federation, adapter, folder / "adapter")
     if federation.strategy.personal:
         for name in federation.clients:
             own = federation.personal(name, adapter, state.round)
-            _save(federation, own, folder / "personal" / name)
+            _save(federation, own, folder / PERSONAL / name, name)
+    # last, for it says that the run has adapters to use
+    _save(federation, adapter, folder / "adapter")
     started = time.perf_counter()
     summary: dict[str, Any] = {
         "task": job.model.task,
@@ -47,6 +49,8 @@ def finish(
         "clients": _per_client(federation, adapter, state.round),
         "baselines": {},
     }
+    if federation.strategy.personal:
+        summary["personal"] = True
     for name in job.evaluation.baselines:
         run = {"local": run_local, "centralised": run_centralised}[name]
         summary["baselines"][name] = run(job, loaded, folder / "baselines" / name, emit)
@@ -66,7 +70,9 @@ def finish(
     return summary
 
 
-def _save(federation: Federation, adapter: AdapterState, folder: Path) -> None:
+def _save(
+    federation: Federation, adapter: AdapterState, folder: Path, client: str | None = None
+) -> None:
     job = federation.job
     save_adapter(
         folder,
@@ -80,7 +86,7 @@ def _save(federation: Federation, adapter: AdapterState, folder: Path) -> None:
             revision=job.model.revision,
             dtype=job.model.dtype,
         ),
-        card(federation, adapter),
+        card(federation, adapter, client),
     )
 
 
@@ -90,16 +96,28 @@ def is_finished(folder: Path) -> bool:
     return (folder / "summary.json").is_file() and any(e["event"] == "end" for e in events)
 
 
-def card(federation: Federation, adapter: AdapterState) -> str:
-    """What people should know of the adapter, in Markdown."""
+def card(federation: Federation, adapter: AdapterState, client: str | None = None) -> str:
+    """What people should know of the adapter, in Markdown.
+
+    Args:
+        client: whose adapter it is, when every client has one of its own.
+    """
     job, spec = federation.job, adapter.spec
+    whose = ""
+    if client is not None:
+        whose = f"\nThis is the adapter of client {client}: the shared part and its own.\n"
+    elif federation.strategy.personal:
+        whose = (
+            "\nThis is the shared part, with which a new client starts. It is no model by itself: "
+            f"the adapters of the clients are in `{PERSONAL}/`.\n"
+        )
     return f"""# {job.run.name}
 
 A `{spec.method}` adapter of rank {spec.rank} (alpha {spec.alpha:g}) for `{job.model.name}`,
 task {job.model.task}, trained by {len(federation.clients)} clients in
 {job.federation.rounds} rounds of {job.training.local_steps} local steps with strategy
 `{job.federation.strategy}`, without moving their data.
-
+{whose}
 - adapted layers: {len(spec.layers)}; heads trained in full: {", ".join(spec.heads) or "none"}
 - base model fingerprint: `{spec.base_fingerprint}`
 - privacy: no differential privacy. The adapter may reveal training data; treat it as
@@ -123,9 +141,8 @@ def _per_client(federation: Federation, adapter: AdapterState, number: int) -> d
             found[name]["base"] = federation.scores(data.validation)
     federation.hold(adapter)
     for name, data in federation.clients.items():
-        found[name]["global"] = federation.scores(data.validation)
-    if federation.strategy.personal:
-        for name, data in federation.clients.items():
+        if federation.strategy.personal:
             federation.hold(federation.personal(name, adapter, number))
-            found[name]["personal"] = federation.scores(data.validation)
+        kind = "personal" if federation.strategy.personal else "global"
+        found[name][kind] = federation.scores(data.validation)
     return found

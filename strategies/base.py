@@ -26,13 +26,14 @@ from fedlora.adapter import (
     trained_shapes,
     with_rank,
 )
-from fedlora.errors import ConfigError, near_miss
+from fedlora.errors import AdapterError, ConfigError, near_miss
 from fedlora.linalg import recompress, stack
 from fedlora.messages import HEADS, ClientUpdate, LazyTensors, Pair, RoundPlan, Start
 from fedlora.strategies.fold import folded, folds
 
 Updates = Sequence[ClientUpdate]
 PrivacyUnit = Literal["record", "client"]
+Needs = Literal["any", "bilinear", "product"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class Strategy(ABC):
         regauges: factors are made anew between rounds, so that what clients or the server
             remember of the old ones (moments, control variates) means nothing.
         personal: a part of the adapter stays at each client; there is no global model.
+        budgets: every client holds the whole adapter; its rank says how many slots per layer,
+            on average, it may train.
         asynchronous: updates of earlier versions can be merged.
         privacy: units of differential privacy whose guarantee the algebra keeps.
         options: option name -> default.
@@ -163,9 +166,10 @@ class Strategy(ABC):
     exact: bool
     linear: bool
     hetero_rank: bool
-    needs: Literal["any", "bilinear", "product"] = "any"
+    needs: Needs = "any"
     regauges: bool = False
     personal: bool = False
+    budgets: bool = False
     asynchronous: bool = False
     privacy: frozenset[PrivacyUnit] = frozenset({"record"})
     options: ClassVar[Mapping[str, Any]] = {}
@@ -182,29 +186,20 @@ class Strategy(ABC):
         Raises:
             ConfigError: with the reason and what to choose instead.
         """
-        self._check_method(given.spec)
+        self._check_method()
         spec = given.spec
         odd = sorted({rank for rank in given.ranks if rank != spec.rank})
         if odd and not self.hetero_rank:
             raise ConfigError(
                 f"strategy {self.name!r} needs equal ranks, but clients have ranks "
-                f"{sorted({*odd, spec.rank})}; give all clients rank {spec.rank}, or choose a "
-                "strategy that takes unequal ranks (flexlora, flora, hetlora, lora-lego, ffa-lora)"
+                f"{sorted({*odd, spec.rank})}; give all clients rank {spec.rank}"
+                f"{self._or_choose(lambda other: other._merges_ranks(self.traits, spec, odd))}"
             )
-        # an exact embedding between ranks is the method's business; ask before round 1
-        for rank in odd:
-            small = with_rank(spec, rank)
-            for old, new in zip(spec.layers, small.layers, strict=True):
-                shapes = self.traits.factor_shapes(new)
-                for factor, shape in self.traits.factor_shapes(old).items():
-                    self.traits.resize(factor, torch.zeros(shape), old, new)
-                    if self.exact and old.rank != new.rank and shapes[factor] == shape:
-                        raise ConfigError(
-                            f"strategy {self.name!r} cannot average clients of ranks {rank} and "
-                            f"{spec.rank} exactly: factor {factor} of method "
-                            f"{self.traits.name!r} is not made of slots; give all clients rank "
-                            f"{spec.rank}, or choose method lora"
-                        )
+        if why := self._rank_misfit(self.traits, spec, odd, exact=self.exact):
+            raise ConfigError(
+                f"strategy {self.name!r} {why}; give all clients rank {spec.rank}, or choose "
+                "method lora"
+            )
         if self.regauges and given.optimizer_state == "keep":
             raise ConfigError(
                 f'training.optimizer_state = "keep" does not fit strategy {self.name!r}, which '
@@ -215,12 +210,14 @@ class Strategy(ABC):
             allowed = ", ".join(sorted(self.privacy)) or "none"
             raise ConfigError(
                 f'privacy.unit = "{given.privacy}" is voided by strategy {self.name!r} (it keeps '
-                f"the guarantee of: {allowed}); choose fedit, ffa-lora or fed-sb"
+                f"the guarantee of: {allowed}); train without it"
+                f"{self._or_choose(lambda other: given.privacy in other.privacy)}"
             )
         if given.asynchronous and not self.asynchronous:
             raise ConfigError(
                 f'federation.mode = "async" does not fit strategy {self.name!r}, which cannot '
-                "merge updates of earlier versions; choose fedit, ffa-lora, fed-sb or flexlora"
+                'merge updates of earlier versions; choose "sync"'
+                f"{self._or_choose(lambda other: other.asynchronous)}"
             )
 
     def init(self, adapter: AdapterState) -> StrategyState:
@@ -351,26 +348,73 @@ class Strategy(ABC):
 
         return LazyTensors(trained, read)
 
-    def _check_method(self, spec: AdapterSpec) -> None:
-        if self.needs == "any":
-            return
-        traits = self.traits
+    @classmethod
+    def misfit(cls, traits: MethodTraits) -> str:
+        """Why the strategy cannot merge adapters of a method, and what it can; "" if it can."""
+        if cls.needs == "any":
+            return ""
         if traits.bilinear_factors is None:
             why = (
                 "is averaged exactly as it is"
                 if traits.affine
                 else "is not linear in either of its factors"
             )
-            raise ConfigError(
-                f"strategy {self.name!r} works on two factors, but method {traits.name!r} {why}; "
+            return (
+                f"works on two factors, but method {traits.name!r} {why}; "
                 "choose strategy fedit, or method lora, rslora, pissa or vera"
             )
-        if self.needs == "product" and not traits.product:
-            raise ConfigError(
-                f"strategy {self.name!r} needs a weight change that is s B A and nothing else, "
-                f"which method {traits.name!r} is not; choose method lora or rslora, or a "
-                "strategy such as ffa-lora"
+        if cls.needs == "product" and not traits.product:
+            return (
+                "needs a weight change that is s B A and nothing else, which method "
+                f"{traits.name!r} is not; choose method lora or rslora, or a strategy such as "
+                "ffa-lora"
             )
+        return ""
+
+    def _check_method(self) -> None:
+        if why := self.misfit(self.traits):
+            raise ConfigError(f"strategy {self.name!r} {why}")
+
+    @staticmethod
+    def _rank_misfit(
+        traits: MethodTraits, spec: AdapterSpec, ranks: Sequence[int], *, exact: bool
+    ) -> str:
+        """Why clients of these ranks cannot be merged, or not exactly; "" if they can.
+
+        Raises:
+            AdapterError: the method has no exact embedding between the ranks.
+        """
+        for rank in ranks:
+            small = with_rank(spec, rank)
+            for old, new in zip(spec.layers, small.layers, strict=True):
+                shapes = traits.factor_shapes(new)
+                for factor, shape in traits.factor_shapes(old).items():
+                    traits.resize(factor, torch.zeros(shape), old, new)
+                    if exact and old.rank != new.rank and shapes[factor] == shape:
+                        return (
+                            f"cannot average clients of ranks {rank} and {spec.rank} exactly: "
+                            f"factor {factor} of method {traits.name!r} is not made of slots"
+                        )
+        return ""
+
+    @classmethod
+    def _merges_ranks(cls, traits: MethodTraits, spec: AdapterSpec, ranks: Sequence[int]) -> bool:
+        try:
+            return cls.hetero_rank and not cls._rank_misfit(traits, spec, ranks, exact=cls.exact)
+        except AdapterError:
+            return False
+
+    def _or_choose(self, fits: Callable[[type["Strategy"]], bool]) -> str:
+        """Names the strategies that take this method and fit, as the end of an advice."""
+        # the table imports this module
+        from fedlora.strategies import STRATEGIES
+
+        names = [
+            name
+            for name, other in STRATEGIES.items()
+            if not other.misfit(self.traits) and fits(other)
+        ]
+        return f", or choose strategy {' or '.join(names)}" if names else ""
 
 
 def checked_options(

@@ -56,8 +56,8 @@ def hand_out(strategy: Strategy, state: StrategyState) -> tuple[RoundPlan, Start
     if duties:
         raise ConfigError(
             f"strategy {strategy.name!r} needs a client that {duties[0]}, and the clients of a "
-            "Flower app of your own do not; choose fedit, ffa-lora, rolora, flexlora, lora-fair "
-            "or lora-lego, or run the job with fedlora, whose clients do"
+            "Flower app of your own do not; choose fedit, ffa-lora, rolora, flexlora, lora-fair, "
+            "lora-lego or fedsvd, or run the job with fedlora, whose clients do"
         )
     return plan, start
 

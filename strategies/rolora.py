@@ -10,7 +10,7 @@ count of its own.
 
 from dataclasses import replace
 
-from fedlora.strategies.base import Stats, Strategy, StrategyState, bilinear
+from fedlora.strategies.base import Needs, Stats, Strategy, StrategyState, bilinear
 
 
 class RoLora(Strategy):
@@ -20,7 +20,7 @@ class RoLora(Strategy):
     exact = True
     linear = True
     hetero_rank = True
-    needs = "bilinear"
+    needs: Needs = "bilinear"
     privacy = frozenset({"record", "client"})
 
     def factors(self, state: StrategyState) -> tuple[str, ...]:

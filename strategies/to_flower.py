@@ -94,7 +94,8 @@ class FedloraStrategy(FedAvg):
 
     Clients are told in `config` which factors to train, as "fedlora-factors" (["lora_A",
     "lora_B"] by PEFT's names, or ["A", "B"]). A factor that is not in the list keeps its
-    value whatever they send.
+    value whatever they send. Strategies that make factors anew (flexlora, lora-lego, fedsvd)
+    want an optimiser without memory of earlier rounds.
 
     Attributes:
         state: the strategy's state; None before the first round. It goes on from round to

@@ -14,16 +14,22 @@ from fedlora.config.load import load_job
 from fedlora.data.federated import load_test
 from fedlora.errors import ConfigError
 from fedlora.evaluate import evaluate, exact_match
-from fedlora.models.assemble import assemble
+from fedlora.models.assemble import assemble, run_of
 from fedlora.report.text_table import result_table
 
 
 def run_evaluate(
-    path: Path, model: str | None, data: Path | None, overrides: Sequence[str], *, as_json: bool
+    path: Path,
+    model: str | None,
+    data: Path | None,
+    overrides: Sequence[str],
+    *,
+    client: str | None = None,
+    as_json: bool,
 ) -> None:
     """Measures base and adapter on a file or on the run's own test data."""
     # only a run's own job tells its test data; one that merely lies beside an adapter does not
-    run = path.parent if path.name == "adapter" else path
+    run = run_of(path)
     job_file = run / "job.toml" if (run / "HEAD").is_file() else None
     if job_file is None and data is None:
         raise ConfigError(f"{path} is in no run folder, so it has no test data; give --data FILE")
@@ -35,7 +41,7 @@ def run_evaluate(
         )
     job = load_job(job_file, overrides, KNOWN) if job_file else Job()
     torch.set_num_threads(job.run.threads)
-    assembled = assemble(path, model, job.run.device)
+    assembled = assemble(path, model, job.run.device, client)
     if job_file is None:
         task = f'model.task="{assembled.section.task}"'
         job = load_job(None, [*overrides, task], KNOWN)

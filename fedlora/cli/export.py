@@ -8,7 +8,9 @@ from fedlora.errors import ConfigError
 from fedlora.storage import file_above, staged_folder
 
 
-def run_export(path: Path, out: Path, form: str, model: str | None) -> None:
+def run_export(
+    path: Path, out: Path, form: str, model: str | None, client: str | None = None
+) -> None:
     """Writes the adapter in PEFT format, or the merged model.
 
     Raises:
@@ -24,7 +26,7 @@ def run_export(path: Path, out: Path, form: str, model: str | None) -> None:
         raise ConfigError(f"--out {out} exists and is not empty; choose another folder")
     if above := file_above(out):
         raise ConfigError(f"--out {out}: {above} is a file; choose another folder")
-    assembled = assemble(path, model)
+    assembled = assemble(path, model, client=client)
     if form == "merged":
         with staged_folder(out) as staging:
             export_merged(assembled, staging)

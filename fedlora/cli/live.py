@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.config.job import Job
+from fedlora.models.assemble import PERSONAL
 from fedlora.report.headline import headline
 
 SHOWN_ROUNDS = 12
@@ -112,8 +113,9 @@ class LiveView:
         from fedlora.report.text_table import result_table
 
         self.console.print(result_table(self.summary, self.job.model.task))
+        adapter = self.folder / (PERSONAL if self.summary.get("personal") else "adapter")
         self.console.print(
-            f"adapter  {self.folder / 'adapter'}\nreport   {self.folder / 'report.html'}",
+            f"adapter  {adapter}\nreport   {self.folder / 'report.html'}",
             highlight=False,
             markup=False,
             soft_wrap=True,

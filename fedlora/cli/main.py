@@ -37,6 +37,9 @@ Override = Annotated[
     list[str] | None,
     typer.Option("-o", "--override", help="Change one value of the job: section.key=value."),
 ]
+Client = Annotated[
+    str | None, typer.Option(help="Whose adapter, when every client has one of its own.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -87,19 +90,46 @@ def resume(
 def compare(
     job: Annotated[Path, typer.Argument(help="Job file.")],
     out: Annotated[Path, typer.Option(help="Folder for the comparison; continued if it exists.")],
-    strategies: Annotated[str, typer.Option(help="Names, separated by commas.")] = "fedit",
+    strategies: Annotated[
+        str | None, typer.Option(help="Names, by comma; without any, and no variant, fedit.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One more contender: 'label: section.key=value ...', split as a shell would."
+        ),
+    ] = None,
     baselines: Annotated[str, typer.Option(help="local, centralised or both, by comma.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from run.seed up.")] = 1,
+    skew: Annotated[
+        str, typer.Option(help="Dirichlet alphas, by comma; one block of results each.")
+    ] = "",
+    equal: Annotated[
+        str, typer.Option(help="Read scores at equal rounds, or at equal bytes.")
+    ] = "rounds",
     override: Override = None,
     json: AsJson = False,
 ) -> None:
-    """Compare strategies and baselines at equal local work: one table, one plot.
+    """Compare strategies, variants and baselines over seeds and levels of skew.
 
-    Example: fedlora compare job.toml --strategies fedit,ffa-lora --baselines local --out cmp
+    Differences are paired by seed, to the contender named first (strategies before variants).
+
+    Example: fedlora compare job.toml --strategies fedit,ffa-lora --seeds 3 --skew 0.1,10 --out cmp
     """
     from fedlora.cli.compare import run_compare
 
-    run_compare(job, out, strategies, baselines, seeds, override or [], as_json=json)
+    run_compare(
+        job,
+        out,
+        strategies,
+        baselines,
+        seeds,
+        override or [],
+        variants=variant or [],
+        skew=skew,
+        equal=equal,
+        as_json=json,
+    )
 
 
 @app.command()
@@ -109,6 +139,7 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Data file, if not the run's test data.")
     ] = None,
+    client: Client = None,
     override: Override = None,
     json: AsJson = False,
 ) -> None:
@@ -118,7 +149,7 @@ def evaluate(
     """
     from fedlora.cli.evaluate import run_evaluate
 
-    run_evaluate(path, model, data, override or [], as_json=json)
+    run_evaluate(path, model, data, override or [], client=client, as_json=json)
 
 
 @app.command()
@@ -127,6 +158,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     format: Annotated[str, typer.Option("--format", help="peft or merged.")] = "peft",
     model: Annotated[str | None, typer.Option(help="Base model, if not the recorded one.")] = None,
+    client: Client = None,
 ) -> None:
     """Write an adapter for use elsewhere: PEFT format, or merged into its base model.
 
@@ -134,7 +166,54 @@ def export(
     """
     from fedlora.cli.export import run_export
 
-    run_export(path, out, format, model)
+    run_export(path, out, format, model, client)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Run folders, adapter folders or folders that PEFT saved.")
+    ],
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="task-arithmetic, ties, dare, regmean, lora-lego, flexlora, fedex-lora or flora."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the merged adapter.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One number per adapter, by comma; equal by default.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Change one option of the strategy: key=value.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, if not the recorded one.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="For regmean: texts (.jsonl), one file for all adapters or one each."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For dare and lora-lego.")] = 0,
+    json: AsJson = False,
+) -> None:
+    """Merge trained adapters of one base into one, in PEFT format, without training.
+
+    Example: fedlora merge law medicine --strategy ties --rank 16 --weights 2,1 --out both
+    """
+    from fedlora.cli.merge import run_merge
+
+    run_merge(
+        adapters,
+        strategy,
+        rank=rank,
+        weights=weights,
+        options=option or [],
+        model=model,
+        data=data or [],
+        seed=seed,
+        out=out,
+        as_json=json,
+    )
 
 
 @app.command()

@@ -1,31 +1,28 @@
-"""comparison.html, .png and table.csv, .md: strategies and baselines side by side."""
+"""comparison.html with its pictures, the CSV files, and table.md for a terminal."""
 
-import csv
-import io
 from pathlib import Path
 
-from fedlora.report.comparison import Comparison, Entry, read_comparison
-from fedlora.report.headline import MISSING
-from fedlora.report.markup import Cell, Html, element, format_bytes, section, table, visible
+from fedlora.report.comparison import Comparison, Entry, Level, parse_comparison
+from fedlora.report.comparison_csv import curves_csv, runs_csv, summary_csv
+from fedlora.report.comparison_table import (
+    level_notes,
+    level_table,
+    missing_notes,
+    signed,
+    table_markdown,
+)
+from fedlora.report.markup import Html, element, section, visible
 from fedlora.report.page import figure, figures, page
+from fedlora.report.run_folder import read_object
 from fedlora.report.run_tables import facts_table
 from fedlora.storage import write_atomic
 
-COLUMNS = (
-    "label",
-    "kind",
-    "seeds",
-    "mean",
-    "standard deviation",
-    "aggregation error",
-    "bytes up",
-    "bytes down",
-    "server seconds",
-)
-
 
 def write_comparison(folder: Path) -> Path:
-    """Writes comparison.html, comparison.png, table.csv and table.md into `folder`.
+    """Writes comparison.html, comparison.png, runs.csv, curves.csv, summary.csv and table.md.
+
+    With several levels of skew comparison.png shows score by skew, and every level has its
+    own picture of curves, `comparison-alpha0.1.png` and so on.
 
     Returns:
         the path of the page.
@@ -36,138 +33,143 @@ def write_comparison(folder: Path) -> Path:
     """
     # matplotlib takes a second to import, which a command without a report must not pay
     from fedlora.report.comparison_figures import curves_figure
+    from fedlora.report.score_figures import skew_figure
     from fedlora.report.theme import to_png
 
-    comparison = read_comparison(folder)
+    source = folder / "comparison.json"
+    found = read_object(source)
+    comparison = parse_comparison(found, str(source))
+    levels = comparison.levels
     path = folder / "comparison.html"
-    files = {
-        "comparison.png": to_png(curves_figure(comparison)),
-        "table.csv": table_csv(comparison).encode("utf-8", errors="backslashreplace"),
-        "table.md": table_markdown(comparison).encode("utf-8", errors="backslashreplace"),
-        path.name: comparison_page(comparison).encode("utf-8", errors="backslashreplace"),
+    texts = {
+        "runs.csv": runs_csv(found),
+        "curves.csv": curves_csv(found),
+        "summary.csv": summary_csv(comparison),
+        "table.md": table_markdown(comparison),
+        path.name: comparison_page(comparison),
     }
+    files = {name: text.encode("utf-8", errors="backslashreplace") for name, text in texts.items()}
+    if len(levels) == 1:
+        files["comparison.png"] = to_png(curves_figure(comparison, levels[0]))
+    else:
+        files["comparison.png"] = to_png(skew_figure(comparison))
+        for level in levels:
+            name = f"comparison-{level.name.replace(' ', '')}.png"
+            files[name] = to_png(curves_figure(comparison, level))
     for name, data in files.items():
         write_atomic(folder / name, data)
     return path
 
 
-def table_csv(comparison: Comparison) -> str:
-    """The table with full precision; unknown values are empty."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for entry in comparison.entries:
-        values = (
-            entry.mean,
-            entry.deviation,
-            entry.aggregation_error,
-            entry.bytes_up,
-            entry.bytes_down,
-            entry.server_s,
-        )
-        numbers = ["" if value is None else f"{value:.10g}" for value in values]
-        writer.writerow([entry.label, entry.kind, " ".join(map(str, entry.seeds)), *numbers])
-    return buffer.getvalue()
-
-
-def table_markdown(comparison: Comparison) -> str:
-    """The table as a reader wants it."""
-    right = "|".join(["---", "---", "---", *["---:"] * (len(COLUMNS) - 3)])
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{right}|"]
-    for entry in comparison.entries:
-        cells = (visible(cell).replace("|", "\\|") for cell in _cells(comparison, entry))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def comparison_page(comparison: Comparison) -> str:
     """The page; equal comparisons give equal text."""
-    from fedlora.report.comparison_figures import (
-        by_round_figure,
-        by_traffic_figure,
-        finals_figure,
-    )
+    from fedlora.report.score_figures import skew_figure
     from fedlora.report.theme import to_svg
 
     name = comparison.metric.name
-    rounds = to_svg(by_round_figure(comparison), "by-round", f"{name} by round")
-    traffic = to_svg(by_traffic_figure(comparison), "by-traffic", f"{name} by bytes")
-    finals = to_svg(finals_figure(comparison), "finals", f"final {name} of each seed")
     seeds = ", ".join(map(str, comparison.seeds))
     setting = (
         f"{comparison.rounds} rounds · {comparison.steps_per_client} steps per client · "
-        f"seeds {seeds}"
+        f"seeds {seeds} · scores at equal {comparison.equal}"
     )
     parts = [
-        element("p", comparison_sentence(comparison), css="lead"),
-        element("p", setting, css="muted"),
-        section(
-            "Rounds and traffic",
-            figures([figure(rounds), figure(traffic)]),
-            element(
-                "p",
-                "Lines are means over seeds, bands reach from the worst to the best seed, "
-                "baselines are dashed.",
-                css="muted",
-            ),
+        *(
+            element("p", f"{level.name}: " if level.name else "", sentence, css="lead")
+            for level in comparison.levels
+            for sentence in [level_sentence(comparison, level)]
         ),
-        section("Final scores", figure(finals, broad=True), _table(comparison)),
-        section("Machine", facts_table(comparison.machine)) if comparison.machine else Html(""),
+        element("p", setting, css="muted"),
     ]
+    if len(comparison.levels) > 1:
+        drawn = to_svg(skew_figure(comparison), "by-skew", f"{name} by skew")
+        caption = "Dots are means over seeds, bars one standard deviation to each side."
+        if comparison.own_test:
+            caption += (
+                " Without data.test every level holds out rows of its own: compare contenders at "
+                "one level, not one contender between levels."
+            )
+        parts.append(section("Score by skew", figure(drawn, caption, broad=True)))
+    parts += [_level(comparison, level, i) for i, level in enumerate(comparison.levels)]
+    if comparison.machine:
+        parts.append(section("Machine", facts_table(comparison.machine)))
     return page(visible(comparison.name, 80), *parts)
 
 
-def comparison_sentence(comparison: Comparison) -> str:
-    """Which strategy is best, and whether its lead is more than the spread over seeds."""
-    metric, ranked = comparison.metric, comparison.strategies
+def _level(comparison: Comparison, level: Level, number: int) -> Html:
+    from fedlora.report.comparison_figures import by_round_figure, by_traffic_figure
+    from fedlora.report.score_figures import differences_figure, scores_figure
+    from fedlora.report.theme import to_svg
+
+    name = comparison.metric.name
+    at = f" at {level.name}" if level.name else ""
+    rounds = to_svg(
+        by_round_figure(comparison, level), f"by-round-{number}", f"{name} by round{at}"
+    )
+    traffic = to_svg(
+        by_traffic_figure(comparison, level), f"by-traffic-{number}", f"{name} by bytes{at}"
+    )
+    scores = to_svg(
+        scores_figure(comparison, level), f"scores-{number}", f"{name} of each seed{at}"
+    )
+    parts = [
+        figures([figure(rounds), figure(traffic)]),
+        element(
+            "p",
+            "Lines are means over seeds, bands one standard deviation to each side, baselines "
+            "are dashed. Traffic is the mean over seeds.",
+            css="muted",
+        ),
+        level_table(comparison, level),
+        *(element("p", note, css="muted") for note in level_notes(comparison, level)),
+        *(element("p", note, css="note") for note in missing_notes(comparison, level)),
+        figure(scores, broad=True),
+    ]
+    if any(entry.difference for entry in level.entries):
+        drawn = to_svg(
+            differences_figure(comparison, level),
+            f"differences-{number}",
+            f"difference in {name} to {comparison.reference}, paired by seed{at}",
+        )
+        parts.append(figure(drawn, _difference_caption(level), broad=True))
+    return section(f"Results at {level.name}" if level.name else "Results", *parts)
+
+
+def _difference_caption(level: Level) -> str:
+    if any(e.difference and e.difference.low is not None for e in level.entries):
+        return "Dots are mean differences, lines their 95 % intervals by Student's t."
+    return "Dots are differences on one seed; one seed gives no interval."
+
+
+def level_sentence(comparison: Comparison, level: Level) -> str:
+    """Which strategy has the best mean, and whether its lead can be told from chance."""
+    metric = comparison.metric
+    ranked = sorted(level.strategies, key=lambda entry: _rank(comparison, entry))
     if not ranked:
         return "No strategy has a score yet."
     best = ranked[0]
-    assert best.mean is not None
-    spread = f" ± {metric.format_difference(best.deviation)}" if best.deviation is not None else ""
-    score = f"{metric.format(best.mean)}{spread} {metric.name}"
-    over = f"over {len(best.finals)} seeds" if len(best.finals) > 1 else "on one seed"
-    sentence = f"{best.label} is best with {score} {over}"
+    found = best.spread
+    spread = (
+        f" ± {metric.format_difference(found.deviation)}" if found.deviation is not None else ""
+    )
+    score = f"{metric.format(found.mean)}{spread} {metric.name}"
+    over = f"over {found.count} seeds" if found.count > 1 else "on one seed"
     if len(ranked) == 1:
         return f"{best.label} reaches {score} {over}."
-    second = ranked[1]
-    assert second.mean is not None
-    lead = metric.format_difference(best.mean - second.mean)
-    sentence += f", {lead} ahead of {second.label}"
-    if len(best.finals) > 1 and len(second.finals) > 1:
-        apart = min(best.finals) > max(second.finals) or max(best.finals) < min(second.finals)
-        sentence += (
-            "; no seed of the one reaches a seed of the other"
-            if apart
-            else "; their seeds overlap, so the order may be chance"
-        )
-    return sentence + "."
+    sentence = f"{best.label} is best with {score} {over}"
+    # differences are known to the reference only; when that is best, the next one's is told
+    other = best if best.label != comparison.reference else ranked[1]
+    difference = other.difference
+    if difference is None:
+        return sentence + "."
+    who = "it" if other is best else other.label
+    sentence += f"; {who} differs from {comparison.reference} by {signed(metric, difference.mean)}"
+    if difference.low is None or difference.high is None:
+        return sentence + ", on one seed, so the order may be chance."
+    interval = f"{signed(metric, difference.low)} to {signed(metric, difference.high)}"
+    verdict = "" if difference.clear else ", so the order may be chance"
+    return f"{sentence} (95 % interval {interval}){verdict}."
 
 
-def _table(comparison: Comparison) -> Html:
-    ranked = comparison.metric.best([entry.mean for entry in comparison.entries])
-    lines: list[list[Cell]] = []
-    for i, entry in enumerate(comparison.entries):
-        cells: list[Cell] = list(_cells(comparison, entry))
-        if i in ranked:
-            cells[3] = element("span", f"{cells[3]} ★", css="best")
-        lines.append(cells)
-    header = [*COLUMNS]
-    header[3] = f"{comparison.metric.name}, mean"
-    return table(header, lines, numeric=range(3, len(header)))
-
-
-def _cells(comparison: Comparison, entry: Entry) -> list[str]:
-    metric, error = comparison.metric, entry.aggregation_error
-    deviation = MISSING if entry.deviation is None else metric.format_difference(entry.deviation)
-    return [
-        entry.label,
-        entry.kind,
-        ", ".join(map(str, entry.seeds)),
-        metric.format(entry.mean),
-        deviation,
-        MISSING if error is None else f"{error:.3g}",
-        MISSING if entry.bytes_up is None else format_bytes(entry.bytes_up),
-        MISSING if entry.bytes_down is None else format_bytes(entry.bytes_down),
-        MISSING if entry.server_s is None else f"{entry.server_s:.2f}",
-    ]
+def _rank(comparison: Comparison, entry: Entry) -> float:
+    assert entry.mean is not None
+    return -entry.mean if comparison.metric.higher_better else entry.mean

@@ -21,12 +21,13 @@ class Row:
 def held_out_rows(summary: Mapping[str, Any]) -> list[Row]:
     """Those models that `summary` has figures of."""
     local = baseline(summary, "local")
+    federated = "federated, own (mean)" if summary.get("personal") else "federated"
     return [
         Row(key, name, scores)
         for key, name, scores in (
             ("base", "base model", summary.get("base")),
             ("local", "local-only (mean)", local.get("mean")),
-            ("federated", "federated", summary.get("global")),
+            ("federated", federated, summary.get("global")),
             ("centralised", "centralised", baseline(summary, "centralised").get("final")),
         )
         if scores

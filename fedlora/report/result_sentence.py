@@ -17,10 +17,12 @@ def result_sentence(run: RunRecord, metric: Metric) -> str:
         return f"{state}{known}."
     done = run.last_round
     when = f"{done} of {run.num_planned} rounds" if not run.finished else _plural(done, "round")
-    sentence = (
-        f"After {when} with {who}, the federated adapter scores {_score(metric, found)} on "
-        "held-out data"
+    whose = (
+        "the clients' own adapters score on average"
+        if summary.get("personal")
+        else "the federated adapter scores"
     )
+    sentence = f"After {when} with {who}, {whose} {_score(metric, found)} on held-out data"
     compared = [_compared(metric, found, base, "the base model")]
     local = baseline(summary, "local").get("mean") or {}
     compared.append(

@@ -76,6 +76,7 @@ class RunRecord:
         """The summary, or what the events say in its place."""
         evals = [event["eval"] for event in self.rounds if event.get("eval")]
         return {
+            "personal": bool(self.start.get("personal")),
             "base": self.start.get("eval") or {},
             "global": evals[-1] if evals else {},
             **{key: value for key, value in self.summary.items() if value},

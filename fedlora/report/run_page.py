@@ -126,6 +126,10 @@ def _score_note(run: RunRecord) -> Html:
             f"Local-only: every client trains on its own data alone{budget}; the row is the "
             "mean of their scores."
         )
+    if run.scores.get("personal"):
+        sentences.append(
+            "Every client has an adapter of its own; the federated row is the mean of their scores."
+        )
     if baseline(run.scores, "centralised").get("final"):
         sentences.append("Centralised: one adapter trained on all clients' data together.")
     epsilons = [event["epsilon"] for event in run.rounds if drawable(event.get("epsilon"))]

@@ -62,7 +62,8 @@ def client_table(run: RunRecord, metric: Metric) -> Html:
     for name in sorted(run.clients, key=natural_key):
         facts, scores = run.clients[name], own.get(name) or {}
         before = drawable((scores.get("base") or {}).get(metric.key))
-        after = drawable((scores.get("global") or {}).get(metric.key))
+        final = scores.get("personal") or scores.get("global") or {}
+        after = drawable(final.get(metric.key))
         lines.append(
             [
                 name,

@@ -59,6 +59,7 @@ class Wrapper(Strategy):
         self.needs = inner.needs
         self.regauges = inner.regauges
         self.personal = inner.personal
+        self.budgets = inner.budgets
 
     def check(self, given: Conditions) -> None:
         self.inner.check(given)

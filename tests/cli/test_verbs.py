@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import peft
 import pytest
@@ -102,26 +101,3 @@ def test_a_run_can_start_from_an_adapter(cli, job, finished, tmp_path):
     first = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
     assert (tmp_path / "run" / "rounds" / "0000" / "global.safetensors").read_bytes() == first
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() != first
-
-
-def test_compare_makes_one_table_and_one_plot_and_continues(cli, job, tmp_path):
-    out = tmp_path / "comparison"
-    words = ["compare", job, "--out", out, "--strategies", "fedit,ffa-lora,rolora"]
-    words += ["--baselines", "local,centralised", "--seeds", "2"]
-    cli(*words)
-    found = json.loads((out / "comparison.json").read_text())
-    labels = [(run["label"], run["seed"]) for run in found["runs"]]
-    names = ("fedit", "ffa-lora", "rolora", "local", "centralised")
-    assert labels == [(name, seed) for seed in (0, 1) for name in names]
-    for name in ("comparison.html", "comparison.png", "table.csv", "table.md"):
-        assert (out / name).stat().st_size > 0
-    errors = {run["label"]: run["aggregation_error"] for run in found["runs"]}
-    assert errors["fedit"] > 1e-4
-    assert errors["ffa-lora"] < 1e-5
-    assert errors["rolora"] < 1e-5
-    shutil.rmtree(out / "runs" / "fedit-seed1")
-    cli(*words)
-    assert (
-        json.loads((out / "comparison.json").read_text())["runs"][5]["curve"]
-        == (found["runs"][5]["curve"])
-    )

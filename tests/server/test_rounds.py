@@ -42,7 +42,7 @@ def standing(run):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_order_of_arrival_changes_no_bit(make, strategy):
-    ranks = None if strategy == "fedit" else MIXED
+    ranks = MIXED if STRATEGIES[strategy].hetero_rank else None
     runs = [make(strategy, ranks=ranks) for _ in range(3)]
     runs[1].link.order = lambda tasks: sorted(tasks, key=lambda t: t.client, reverse=True)
     runs[2].link.order = lambda tasks: [

@@ -12,8 +12,9 @@ import torch
 
 from fedlora.adapter import AdapterState, trained_shapes, with_rank
 from fedlora.adapters import METHODS
+from fedlora.adapters.slots import pack, top_slots
 from fedlora.checkpoint import RunStore
-from fedlora.messages import ClientUpdate, Start
+from fedlora.messages import HEADS, ClientUpdate, Start
 from fedlora.seeds import generator
 from fedlora.server.admission import Limits
 from fedlora.server.handout import split_parts
@@ -23,7 +24,7 @@ from fedlora.server.run_parts import RoundSettings, RunParts
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import ClientInfo
 from fedlora.wire import decode_broadcast, decode_part, encode_update
-from tests.server.cases import make_spec, random_state
+from tests.server.cases import make_spec, random_state, with_basis
 
 NAMES = ("ann", "bob", "cyd", "dan")
 
@@ -64,18 +65,28 @@ class ToyLink:
         shapes = trained_shapes(spec, method)
         start = {}
         for part, digest in broadcast.parts.items():
+            if part.startswith("fold."):
+                continue  # these clients have no base to fold into
             names = split_parts(Start(AdapterState(spec, dict.fromkeys(shapes))), {})[part]
             start |= decode_part(parts[digest], digest, {name: shapes[name] for name in names})
-        sent = trained_shapes(spec, method, plan.factors)
+        heads = {} if HEADS in plan.kept else spec.head_shapes
+        sent = trained_shapes(replace(spec, head_shapes=heads), method, plan.sent)
+        delta = honest(plan.client, plan, start, sent)
+        masks = None
+        if plan.slots:
+            scores = {x.name: torch.arange(x.rank, dtype=torch.float64) for x in spec.layers}
+            masks = top_slots(scores, spec, plan.slots)
+            delta = pack(delta, spec, plan.sent, masks)
         update = ClientUpdate(
             run=plan.run,
             round=plan.round,
             attempt=plan.attempt,
             client=plan.client,
             start_sha256=broadcast.start_sha256,
-            delta=AdapterState(spec, honest(plan.client, plan, start, sent)),
+            delta=AdapterState(spec, delta),
             num_examples=10.0 + NAMES.index(plan.client),
             metrics={"train_loss": 1.0},
+            slots=masks,
         )
         manifest, payload = encode_update(self.change(update))
         return Reply(plan.client, manifest, payload, len(task.manifest), 1.0)
@@ -86,7 +97,9 @@ class Run:
 
     def __init__(self, folder: Path, strategy="fedit", method="lora", ranks=None, **settings):
         rank = max(ranks) if ranks else 2
-        self.spec = make_spec(method, rank)
+        if strategy == "fed-sb":
+            method = "lora-xs"
+        self.spec, self.basis = with_basis(make_spec(method, rank))
         self.link = ToyLink(self.spec, dict(zip(NAMES, ranks or (2,) * 4, strict=True)))
         kind = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
         self.strategy = kind(METHODS[method])
@@ -122,7 +135,7 @@ class Run:
             link=self.link,
             strategy=self.strategy,
             method=METHODS[self.spec.method],
-            basis={},
+            basis=self.basis,
             sent_basis={},
             settings=self.settings,
             evaluate=self.evaluate,

@@ -36,11 +36,14 @@ def test_slow_clients_come_in_stale_and_the_clock_runs(make_run):
     assert len(set(run.adapters())) == 5
 
 
-@pytest.mark.parametrize("strategy", ["fedit", "ffa-lora"])
+@pytest.mark.parametrize("strategy", ["fedit", "ffa-lora", "fed-sb"])
 def test_a_run_may_be_resumed_after_every_merge(make_run, strategy):
     """Clients at work across the interruption go on with the version they started from."""
     scenario = {**SLOW, "dropout": 0.2}
     sections = {"federation": {"strategy": strategy}, "training": {"optimizer_state": "keep"}}
+    if strategy == "fed-sb":
+        sections["adapter"] = {"method": "lora-xs"}
+        scenario["ranks"] = [2, 1]
     whole, pieces = (make_run(n, scenario, **sections) for n in ("whole", "pieces"))
     whole.go()
     for until in range(1, 6):

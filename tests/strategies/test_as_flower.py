@@ -22,7 +22,7 @@ from fedlora.strategies import STRATEGIES, as_flower
 from fedlora.strategies.base import ClientInfo
 from fedlora.strategies.fedit import FedIT
 from fedlora.strategies.fold import add_fold
-from fedlora.strategies.wrappers import WRAPPERS
+from fedlora.strategies.wrappers.base import Wrapper
 from fedlora.wire import decode_broadcast, decode_part, encode_update
 from tests.strategies.flower_app import (
     NODES,
@@ -34,13 +34,19 @@ from tests.strategies.flower_app import (
     state_dict,
 )
 
-# those in the table; each of the others needs a client of fedlora's own
-FREE = [
-    name
-    for name in ("fedit", "ffa-lora", "rolora", "flexlora", "lora-fair", "lora-lego")
-    if name in STRATEGIES
-]
-BOUND = [name for name in ("fedex-lora", "flora", "fedsa-lora", "lora-a2") if name in STRATEGIES]
+FREE = ["fedit", "fedsvd", "ffa-lora", "flexlora", "lora-fair", "lora-lego", "rolora"]
+BOUND = {
+    "fed-sb": "averages the matrix R of method lora-xs",
+    "fedex-lora": "needs a client that adds a low-rank change to its frozen base weights",
+    "fedsa-lora": "needs a client that keeps a part of the adapter to itself",
+    "flora": "needs a client that draws factors from a seed",
+    "hetlora": "needs a client that adds a penalty to its loss",
+    "lora-a2": "needs a client that has a learning rate for each factor",
+}
+
+
+def test_every_strategy_is_either_served_or_refused():
+    assert {*FREE, *BOUND} == set(STRATEGIES)
 
 
 @pytest.fixture(autouse=True)
@@ -185,11 +191,22 @@ def test_a_strategy_is_given_by_name_class_or_instance(given, clients):
     assert same(kept[1], start(as_flower("fedit", rank=2, alpha=9.0), clients, 1)[0][1])
 
 
-@pytest.mark.parametrize("wrapper", [w for w in ("norm-cap", "multi-krum") if w in WRAPPERS])
-def test_a_wrapper_goes_along(wrapper, clients):
-    flower = as_flower(WRAPPERS[wrapper](FedIT(METHODS["lora"])))
-    kept, _, _ = start(flower, clients, 1)
-    assert not same(kept[1], kept[0])
+class Half(Wrapper):
+    """Takes half of every step of the strategy inside."""
+
+    name = "half"
+
+    def refactor(self, state, stats):
+        new = super().refactor(state, stats)
+        tensors = {k: 0.5 * (t + state.tensors[k]) for k, t in new.tensors.items()}
+        return replace(new, tensors=tensors)
+
+
+def test_a_wrapper_goes_along(clients):
+    kept, _, _ = start(as_flower(Half(FedIT(METHODS["lora"]))), clients, 1)
+    whole, _, _ = start(as_flower("fedit"), clients, 1)
+    for key, first in kept[0].items():
+        assert torch.equal(kept[1][key], 0.5 * (whole[1][key] + first))
 
 
 @pytest.mark.parametrize(
@@ -470,7 +487,7 @@ def test_folds_and_control_variates_are_refused_before_any_round(kind, why):
 
 @pytest.mark.parametrize("name", BOUND)
 def test_strategies_that_need_fedloras_clients_are_refused(name):
-    with pytest.raises(ConfigError, match=f"'{name}' needs a client that"):
+    with pytest.raises(ConfigError, match=f"'{name}' {BOUND[name]}"):
         as_flower(name)
 
 

@@ -57,8 +57,8 @@ def test_the_example_learns_with_the_command_of_its_readme(superlink):
     name, environment = superlink
     readme = (APP / "README.md").read_text()
     options = ["--stream", "--federation-config", "num-supernodes=4"]
-    for strategy in ("fedit", "rolora"):
-        extra = ["-c", f'strategy="{strategy}"'] if strategy != "fedit" else []
+    for strategy in ("lora-fair", "rolora"):
+        extra = ["-c", f'strategy="{strategy}"'] if strategy != "lora-fair" else []
         shown = "flwr run . --stream --federation-config 'num-supernodes=4'"
         assert shown + (f" -c '{extra[1]}'" if extra else "") in readme.splitlines()
         done = subprocess.run(

@@ -1,5 +1,6 @@
 """What must hold for every strategy with every method it takes, in float64."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -213,10 +214,35 @@ def test_equal_ranks_are_always_fine(strategy, method, number):
     check(chosen, state.spec, [2, 2, 2])
 
 
-def test_fedit_refuses_unequal_ranks_and_says_what_takes_them(number):
-    chosen = STRATEGIES["fedit"](METHODS["lora"])
-    with pytest.raises(ConfigError, match=r"ranks \[1, 2\].*rank 2.*\(flexlora, .*ffa-lora\)"):
-        check(chosen, make_spec(), [2, 1, 2, 1])
+@pytest.mark.parametrize("method", ["lora", "pissa", "vera", "lora-xs", "dora", "miss"])
+def test_fedit_refuses_unequal_ranks_and_names_what_takes_them(method, number):
+    """Everything named takes the method and the ranks; nothing that does is left out."""
+    spec, _ = with_basis(make_spec(method))
+    ranks = [2, 1, 2, 1]
+    with pytest.raises(ConfigError, match=r"ranks \[1, 2\]; give all clients rank 2") as caught:
+        check(STRATEGIES["fedit"](METHODS[method]), spec, ranks)
+    taken = set()
+    for name, strategy in STRATEGIES.items():
+        with contextlib.suppress(ConfigError, AdapterError):
+            check(strategy(METHODS[method]), spec, ranks)
+            taken.add(name)
+    _, _, advice = str(caught.value).partition("choose strategy ")
+    assert set(advice.split(" or ")) - {""} == taken
+    assert {"lora": "ffa-lora" in taken, "lora-xs": taken == {"fed-sb"}}.get(method, True)
+
+
+@pytest.mark.parametrize("given", [{"privacy": "client"}, {"asynchronous": True}])
+@pytest.mark.parametrize("method", ["lora", "lora-xs", "dora"])
+def test_what_is_advised_fits_the_method_too(method, given, number):
+    spec, _ = with_basis(make_spec(method))
+    for strategy in STRATEGIES.values():
+        if strategy.misfit(METHODS[method]):
+            continue
+        try:
+            check(strategy(METHODS[method]), spec, [2], **given)
+        except ConfigError as e:
+            for name in str(e).partition("choose strategy ")[2].split(" or "):
+                check(STRATEGIES[name](METHODS[method]), spec, [2], **given)
 
 
 @pytest.mark.parametrize("strategy", ["ffa-lora", "rolora"])

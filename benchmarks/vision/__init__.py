@@ -1,0 +1,1 @@
+"""A tiny vision transformer on transformed digits: strategies compared at equal local work."""
