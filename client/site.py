@@ -7,7 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterSpec, AdapterState, Tensors, trained_shapes, with_rank
+from fedlora.adapter import (
+    AdapterSpec,
+    AdapterState,
+    Tensors,
+    split_name,
+    trained_shapes,
+    with_rank,
+)
 from fedlora.adapters import METHODS
 from fedlora.adapters.inject import AdaptedModel
 from fedlora.adapters.slots import pack
@@ -89,7 +96,8 @@ class Site:
         self.adapted.load(held)
         self.adapted.fold(start.fold.values())
         sent = self._sent(plan, spec)
-        terms, own_control = self._terms(plan, start, sent, _group(memory, "control"))
+        remembered = _group(memory, "control")
+        terms, own_control = self._terms(plan, start, sent, remembered)
         masks: tuple[int, ...] | None = None
         trial = 0
         if plan.slots:
@@ -100,7 +108,8 @@ class Site:
         trained = self.adapted.state().tensors
         delta = {name: trained[name] - held[name] for name in sent}
         control = self._new_control(plan, start, delta, own_control, result.rate_sum)
-        self._remember(plan, spec, trained, result.moments, control)
+        # a factor that is not trained this round keeps its control variate
+        self._remember(plan, spec, trained, result.moments, {**remembered, **control})
         if masks is not None:
             delta = pack(delta, spec, plan.sent, masks)
         metrics = {"num_tokens": float(result.count)}
@@ -187,7 +196,12 @@ class Site:
         """c_i - c + (start - trained) / sum of rates: option II of SCAFFOLD's algorithm 1."""
         if not plan.control or not rate_sum:
             return dict(own)
-        return {n: own[n] - start.control[n] - delta[n] / rate_sum for n in own}
+        new = {}
+        for name, value in own.items():
+            rate = rate_sum * plan.rates.get(split_name(name)[1], 1.0)
+            # a tensor that was not to move says nothing of its gradient
+            new[name] = value - start.control[name] - delta[name] / rate if rate else value
+        return new
 
     def _choose_slots(self, plan: RoundPlan, start: Start) -> tuple[tuple[int, ...], int]:
         """The slots to train, from a trial whose result is thrown away; and its steps."""

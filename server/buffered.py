@@ -28,6 +28,7 @@ from fedlora.server.handout import Handout
 from fedlora.server.link import AsyncLink
 from fedlora.server.merge import Received, Stopwatch, merge
 from fedlora.server.run_parts import Event, RunParts
+from fedlora.server.soundness import global_adapter
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import ClientInfo, Strategy, StrategyState
 
@@ -231,7 +232,7 @@ class BufferedRounds:
         self._asked = asked
 
     def _received(self, state: StrategyState) -> Received:
-        present = self.run.strategy.global_delta(state)
+        present = global_adapter(self.run.strategy, state)
         updates = []
         for version, client in sorted(self._buffer, key=lambda entry: (entry[1], entry[0])):
             weight = self.settings.rate * (1 + state.round - version) ** -0.5

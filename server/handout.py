@@ -10,9 +10,10 @@ from fedlora.adapters.base import Basis
 from fedlora.errors import StrategyError, UpdateRejected
 from fedlora.messages import CONTROL, Broadcast, ClientUpdate, LazyTensors, RoundPlan, Start
 from fedlora.server.admission import Expectation, admit, expected_size
-from fedlora.server.guard import strategy_errors
+from fedlora.server.guard import Step, expect_type, strategy_errors
 from fedlora.server.link import Reply, Task
 from fedlora.server.run_parts import Event, RunParts
+from fedlora.server.soundness import checked_shapes, checked_start
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import ClientInfo, StrategyState
 from fedlora.wire import Shapes, encode_broadcast, encode_tensors, sha256
@@ -51,19 +52,23 @@ class Handout:
         Raises:
             StrategyError: the strategy cannot make them.
         """
-        with strategy_errors(self.run.strategy, self.state, "broadcast"):
-            return self._tasks(chosen)
+        with strategy_errors(self.run.strategy, self.state, "broadcast_key") as step:
+            return self._tasks(chosen, step)
 
-    def _tasks(self, chosen: Sequence[ClientInfo]) -> tuple[list[Task], dict[str, bytes]]:
+    def _tasks(
+        self, chosen: Sequence[ClientInfo], step: Step
+    ) -> tuple[list[Task], dict[str, bytes]]:
         strategy, state = self.run.strategy, self.state
         parts: dict[str, bytes] = {}
         made: dict[Hashable, tuple[Start, dict[str, str], str]] = {}
         interned: dict[Hashable, Shapes] = {}
         tasks = []
         for client in chosen:
+            step.name = "broadcast_key"
             key = strategy.broadcast_key(state, client)
             if key not in made:
-                start = strategy.broadcast(state, client)
+                step.name = "broadcast"
+                start = checked_start(state, strategy.broadcast(state, client))
                 digests = {}
                 for name, tensors in split_parts(start, self.run.sent_basis).items():
                     data = encode_tensors(tensors)
@@ -72,6 +77,7 @@ class Handout:
                 made[key] = (start, digests, start.adapter.spec.digest())
             start, digests, spec_digest = made[key]
             adapter = start.adapter
+            step.name = "plan"
             plan = self._plan(client)
             fold_ranks = {
                 f"fold.{version}": tuple(
@@ -80,7 +86,8 @@ class Handout:
                 for version, tensors in start.fold.items()
             }
             broadcast = Broadcast(plan, spec_digest, digests, fold_ranks)
-            shapes: Shapes = strategy.expect(state, plan)
+            step.name = "expect"
+            shapes: Shapes = checked_shapes(strategy.expect(state, plan), plan, start)
             # clients with equal shapes share one object, so that each costs little memory
             shapes = interned.setdefault(tuple(shapes.items()), shapes)
             self.expected[client.name] = Expectation(
@@ -113,8 +120,10 @@ class Handout:
             local_steps=settings.local_steps,
             optimizer_state=settings.optimizer_state,
         )
+        asked = self.run.strategy.plan(self.state, client, blank)
+        expect_type(asked, RoundPlan, f"what plan returned for client {client.name}")
         plan = replace(
-            self.run.strategy.plan(self.state, client, blank),
+            asked,
             run=blank.run,
             round=blank.round,
             attempt=blank.attempt,

@@ -7,20 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterState, LayerSpec, tensors_digest, trained_shapes
-from fedlora.adapters import METHODS
-from fedlora.errors import StrategyError
+from fedlora.adapter import AdapterState, LayerSpec, tensors_digest
 from fedlora.messages import ClientUpdate
 from fedlora.server.aggregation_error import Trained, aggregation_error
-from fedlora.server.guard import strategy_errors
+from fedlora.server.guard import starts, strategy_errors
 from fedlora.server.interrupt import shielded
 from fedlora.server.run_parts import Event, RunParts
-from fedlora.strategies.base import Stats, StrategyState
+from fedlora.server.soundness import checked_adapter, checked_notes, checked_state
+from fedlora.strategies.base import StrategyState
 from fedlora.strategies.fold import folded
-from fedlora.wire import encode_json
 
 
 class Stopwatch:
@@ -74,12 +71,16 @@ def merge(
         StrategyError: the strategy failed, or made something unusable.
         StorageError: the disk refused.
     """
-    with timed("reduce"), strategy_errors(run.strategy, state, "reduce"):
+    given = starts(received.updates)
+    with timed("reduce"), strategy_errors(run.strategy, state, "reduce", given):
         stats = run.strategy.reduce(state, received.updates)
-        notes = _notes(stats)
-    with timed("refactor"), strategy_errors(run.strategy, state, "refactor"):
-        new = run.strategy.refactor(state, stats)
-        adapter = _checked(run, state, new)
+        notes = checked_notes(stats)
+    with timed("refactor"):
+        with strategy_errors(run.strategy, state, "refactor", given):
+            new = checked_state(state, run.strategy.refactor(state, stats))
+        next_state = {"the next state": new.tensors}
+        with strategy_errors(run.strategy, state, "global_delta", next_state):
+            adapter = checked_adapter(run.strategy.global_delta(new))
     with timed("aggregation_error"):
         error = _error(run, state, received, adapter)
     settings = run.settings
@@ -125,41 +126,6 @@ def merge(
             run.emit(line)
         run.store.prune(new.round, settings.keep_rounds, settings.keep_every)
     return new
-
-
-def _notes(stats: Stats) -> dict[str, Any]:
-    if not isinstance(stats, Stats):
-        raise StrategyError(f"reduce returned a {type(stats).__name__}; expected Stats")
-    notes = dict(stats.notes)
-    try:
-        encode_json(notes)
-    except (TypeError, ValueError) as e:
-        raise StrategyError(f"the notes of reduce are not JSON: {e}") from e
-    return notes
-
-
-def _checked(run: RunParts, state: StrategyState, new: StrategyState) -> AdapterState:
-    """The global adapter of the next state, once both are found to be whole."""
-    if not isinstance(new, StrategyState):
-        raise StrategyError(f"refactor returned a {type(new).__name__}; expected StrategyState")
-    if new.round != state.round + 1:
-        raise StrategyError(f"refactor returned round {new.round}; expected {state.round + 1}")
-    for name, tensor in new.tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise StrategyError(f"{name} is a {type(tensor).__name__} after refactor, no tensor")
-        if not bool(torch.isfinite(tensor).all()):
-            raise StrategyError(f"tensor {name} is not finite after refactor")
-    adapter = run.strategy.global_delta(new)
-    for name, shape in trained_shapes(adapter.spec, METHODS[adapter.spec.method]).items():
-        if name not in adapter.tensors:
-            raise StrategyError(f"the adapter lacks {name} after refactor")
-        tensor = adapter.tensors[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            raise StrategyError(
-                f"tensor {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} "
-                f"after refactor; expected {shape} and torch.float32"
-            )
-    return adapter
 
 
 def _error(

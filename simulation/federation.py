@@ -36,7 +36,7 @@ from fedlora.simulation.local import LocalLink
 from fedlora.simulation.metrics import MetricsLog
 from fedlora.simulation.scenario import Scenario
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
-from fedlora.strategies.plugin import make_strategy
+from fedlora.strategies.plugin import begin, check_strategy, make_strategy
 from fedlora.wire import encode_json
 
 Emit = Callable[[Event], None]
@@ -192,7 +192,8 @@ class Federation:
             seed=job.run.seed,
             max_update_norm=job.federation.max_update_norm,
         )
-        self.strategy.check(
+        check_strategy(
+            self.strategy,
             Conditions(
                 self.spec,
                 [client.rank for client in self.scenario.clients],
@@ -200,7 +201,7 @@ class Federation:
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
                 asynchronous=job.federation.mode == "async",
-            )
+            ),
         )
         federation = job.federation
         if federation.mode == "async" and federation.buffer > len(self.clients):
@@ -262,7 +263,7 @@ class Federation:
             "extra": {},
             "events": [start],
         }
-        state = self.strategy.init(loaded.initial)
+        state = begin(self.strategy, loaded.initial)
         files = {"spec.json": encode_json(self.spec.to_json())}
         store = RunStore.create(folder, dump_job(job), job.digest(), state.tensors, record, files)
         self._log(store).append(start)
@@ -331,7 +332,7 @@ class Federation:
             evaluate=self._evaluate,
             emit=emit,
         )
-        initial = self.strategy.init(self.loaded.initial)
+        initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
         if federation.mode == "sync":
             return run_rounds(parts, state, until)

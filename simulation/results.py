@@ -8,6 +8,7 @@ from fedlora.adapter import AdapterState
 from fedlora.adapters.files import AdapterFolder, save_adapter
 from fedlora.checkpoint import RunStore
 from fedlora.models.assemble import PERSONAL
+from fedlora.server.soundness import global_adapter
 from fedlora.simulation.baselines import run_centralised, run_local
 from fedlora.simulation.federation import Emit, Federation, Scores
 from fedlora.simulation.metrics import MetricsLog
@@ -33,7 +34,7 @@ def finish(
     from fedlora.report.run_page import write_report
 
     job, loaded = federation.job, federation.loaded
-    adapter = federation.strategy.global_delta(state)
+    adapter = global_adapter(federation.strategy, state)
     folder = store.folder
     if federation.strategy.personal:
         for name in federation.clients:

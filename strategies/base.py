@@ -151,6 +151,8 @@ class Strategy(ABC):
             on average, it may train.
         asynchronous: updates of earlier versions can be merged.
         privacy: units of differential privacy whose guarantee the algebra keeps.
+        waives: law of `fedlora.strategies.conformance` -> why the strategy does not keep it by
+            design, e.g. {"split": "a median counts clients, not their weights"}.
         options: option name -> default.
 
     Args:
@@ -172,6 +174,7 @@ class Strategy(ABC):
     budgets: bool = False
     asynchronous: bool = False
     privacy: frozenset[PrivacyUnit] = frozenset({"record"})
+    waives: Mapping[str, str] = {}
     options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, traits: MethodTraits, options: Mapping[str, Any] | None = None) -> None:

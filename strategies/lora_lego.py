@@ -38,6 +38,9 @@ class LoraLego(Strategy):
     hetero_rank = True
     needs = "product"
     regauges = True
+    waives: Mapping[str, str] = {
+        "split": "two halves of a client are twice as many units to cluster",
+    }
     options: ClassVar[Mapping[str, Any]] = {
         "mode": "mass",
         "balance": True,

@@ -3,13 +3,15 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from fedlora.adapter import MethodTraits
+from fedlora.adapter import AdapterState, MethodTraits
 from fedlora.config.job import FederationSection
-from fedlora.errors import ConfigError, near_miss
+from fedlora.errors import ConfigError, FedloraError, near_miss
 from fedlora.strategies import STRATEGIES
-from fedlora.strategies.base import Strategy
+from fedlora.strategies.base import Conditions, Strategy, StrategyState
 from fedlora.strategies.wrappers import WRAPPERS
 
 
@@ -19,7 +21,9 @@ def make_strategy(section: FederationSection, traits: MethodTraits) -> Strategy:
     Raises:
         ConfigError: an unknown strategy, wrapper or option.
     """
-    strategy = find_strategy(section.strategy)(traits, section.strategy_options)
+    kind = find_strategy(section.strategy)
+    with before_round_1(section.strategy, "__init__"):
+        strategy = kind(traits, section.strategy_options)
     for table in reversed(section.wrappers):
         options = dict(table)
         name = options.pop("name", None)
@@ -30,6 +34,50 @@ def make_strategy(section: FederationSection, traits: MethodTraits) -> Strategy:
             )
         strategy = WRAPPERS[name](strategy, options)
     return strategy
+
+
+def check_strategy(strategy: Strategy, given: Conditions) -> None:
+    """The strategy's own `check`.
+
+    Raises:
+        ConfigError, AdapterError: it refuses, or fails.
+    """
+    with before_round_1(strategy.name, "check"):
+        strategy.check(given)
+
+
+def begin(strategy: Strategy, adapter: AdapterState) -> StrategyState:
+    """The state before round 1, made by the strategy's `init`.
+
+    Raises:
+        ConfigError: it fails, or makes something else.
+    """
+    with before_round_1(strategy.name, "init"):
+        state = strategy.init(adapter)
+        if not isinstance(state, StrategyState) or state.round != 0:
+            raise ConfigError(
+                f"strategy {strategy.name!r}: init returned {type(state).__name__}; expected a "
+                "StrategyState of round 0"
+            )
+        return state
+
+
+@contextmanager
+def before_round_1(name: str, step: str) -> Iterator[None]:
+    """Inside, whatever a strategy raises that is no refusal becomes a ConfigError.
+
+    Args:
+        name: of the strategy.
+        step: name of the function that is called.
+    """
+    try:
+        yield
+    except FedloraError:
+        raise
+    except (Exception, SystemExit) as e:  # a plug-in may fail in any way it likes
+        raise ConfigError(
+            f"strategy {name!r} failed in {step} before round 1: {type(e).__name__}: {e}"
+        ) from e
 
 
 def find_strategy(name: str) -> type[Strategy]:
@@ -54,7 +102,7 @@ def find_strategy(name: str) -> type[Strategy]:
         )
     except ConfigError:
         raise
-    except Exception as e:  # a plug-in may fail to import in any way it likes
+    except (Exception, SystemExit) as e:  # a plug-in may fail to import in any way it likes
         raise ConfigError(
             f'federation.strategy = "{name}" cannot be imported: {type(e).__name__}: {e}'
         ) from e

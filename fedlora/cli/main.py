@@ -8,6 +8,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from fedlora.cli.strategy import app as strategy_app
 from fedlora.errors import EXIT_INTERRUPTED, EXIT_USAGE, FedloraError
 
 
@@ -32,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(strategy_app, name="strategy")
 
 Override = Annotated[
     list[str] | None,

@@ -178,7 +178,8 @@ class FederationSection(Section):
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []
     """What stands around the strategy, e.g. [{name = "multi-krum", hostile = 2}]. The first
-    sees the updates first."""
+    sees the updates first. Known: coordinate-median, fedadagrad, fedadam, fedmomentum, fedprox,
+    fedyogi, geometric-median, krum, lodd, multi-krum, norm-cap, scaffold, trimmed-mean."""
     rounds: Positive = 5
     """Rounds of the run."""
     clients_per_round: Positive | None = None

@@ -5,11 +5,12 @@ own `refactor`), or what clients are asked to do (by its own `plan`), and leaves
 the strategy inside.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from fedlora.adapter import AdapterState
+from fedlora.errors import ConfigError
 from fedlora.messages import RoundPlan, Start
 from fedlora.strategies.base import (
     ClientInfo,
@@ -59,11 +60,39 @@ class Wrapper(Strategy):
         self.needs = inner.needs
         self.regauges = inner.regauges
         self.personal = inner.personal
+        self.waives = {**inner.waives, **self.waives}
         self.budgets = inner.budgets
 
     def check(self, given: Conditions) -> None:
+        """Refuses what the strategy inside refuses, and what the wrapper itself cannot take."""
         self.inner.check(given)
-        super().check(given)
+        # the strategy inside has passed, so what is wrong now is the wrapper's doing
+        ranks = sorted({given.spec.rank, *given.ranks})
+        if len(ranks) > 1 and not self.hetero_rank:
+            raise ConfigError(
+                f"wrapper {self.name!r} needs equal ranks, but clients have ranks {ranks}; give "
+                f"all clients rank {given.spec.rank}, or choose krum, multi-krum, lodd or "
+                'geometric-median with space = "product", or norm-cap'
+            )
+        if given.privacy is not None and given.privacy not in self.privacy:
+            allowed = ", ".join(sorted(self.privacy)) or "none"
+            raise ConfigError(
+                f'privacy.unit = "{given.privacy}" is voided by wrapper {self.name!r} (it keeps '
+                f"the guarantee of: {allowed}); leave it out of federation.wrappers"
+            )
+        if given.asynchronous and not self.asynchronous:
+            raise ConfigError(
+                f'federation.mode = "async" does not fit wrapper {self.name!r}, which needs '
+                "updates of one version; leave it out of federation.wrappers"
+            )
+
+    def inside(self) -> Iterator[Strategy]:
+        """What stands inside, outermost first; the strategy itself comes last."""
+        strategy = self.inner
+        yield strategy
+        while isinstance(strategy, Wrapper):
+            strategy = strategy.inner
+            yield strategy
 
     def screen(self, state: StrategyState, updates: Updates) -> tuple[Updates, dict[str, Any]]:
         """The updates that the strategy inside shall see, and notes for the record."""

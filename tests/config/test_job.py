@@ -100,7 +100,7 @@ def test_combinations_that_do_not_fit_are_reported_together():
     [
         ({"privacy": {}}, "privacy is not supported"),
         ({"privacy": {"epsilon": 8.0}}, "without differential privacy"),
-        ({"federation": {"wrappers": []}}, "federation.wrappers is not supported"),
+        ({"federation": {"wrappers": [5]}}, "federation.wrappers.0 = 5"),
         ({"model": 5}, "model = 5"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate = nan"),
         ({"training": {"learning_rate": float("inf")}}, "training.learning_rate = inf"),
@@ -183,6 +183,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
 
 NUMBERS = st.integers(1, 50)
 FLOATS = st.floats(1e-6, 0.9)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=3)
 JOBS = st.fixed_dictionaries(
     {},
     optional={
@@ -213,7 +214,7 @@ JOBS = st.fixed_dictionaries(
                 "hostile": st.lists(
                     st.fixed_dictionaries(
                         {"kind": st.sampled_from(["nan", "scale"])},
-                        optional={"clients": st.lists(st.text(max_size=3)), "strength": FLOATS},
+                        optional={"clients": st.lists(TEXTS), "strength": FLOATS},
                     ),
                     max_size=2,
                 ),

@@ -14,7 +14,7 @@ from fedlora.linalg import (
     stack,
     truncate,
 )
-from tests.dense_guard import DenseTensorError, forbid_dense
+from fedlora.strategies.conformance.dense_guard import DenseTensorError, forbid_dense
 from tests.linalg.drawn import generator
 
 

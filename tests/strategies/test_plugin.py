@@ -5,10 +5,13 @@ import sys
 import pytest
 
 from fedlora.adapters import METHODS
+from fedlora.config.job import FederationSection
 from fedlora.errors import ConfigError
 from fedlora.strategies import STRATEGIES
+from fedlora.strategies.base import Conditions
 from fedlora.strategies.fedit import FedIT
-from fedlora.strategies.plugin import find_strategy
+from fedlora.strategies.plugin import begin, check_strategy, find_strategy, make_strategy
+from tests.server.cases import make_spec, random_state
 
 GOOD = """
 from __future__ import annotations
@@ -107,3 +110,28 @@ def test_options_of_another_name_or_type_are_refused(plugin, options, message):
 def test_a_whole_number_will_do_for_a_float(plugin):
     found = find_strategy(f"{plugin}:Mine")(METHODS["lora"], {"power": 2})
     assert found.settings["power"] == 2
+
+
+def raising(step):
+    def fail(self, *args):
+        raise ZeroDivisionError("oops")
+
+    return type("Bad", (FedIT,), {"name": "bad", step: fail})(METHODS["lora"])
+
+
+def test_what_fails_before_round_1_is_named():
+    spec = make_spec()
+    with pytest.raises(ConfigError, match="'bad' failed in check before round 1: ZeroDivision"):
+        check_strategy(raising("check"), Conditions(spec, [2]))
+    with pytest.raises(ConfigError, match="'bad' failed in init before round 1: ZeroDivision"):
+        begin(raising("init"), random_state(spec))
+    odd = type("Odd", (FedIT,), {"name": "odd", "init": lambda self, adapter: adapter})
+    with pytest.raises(ConfigError, match="'odd': init returned AdapterState; expected a Strat"):
+        begin(odd(METHODS["lora"]), random_state(spec))
+
+
+def test_a_class_that_cannot_be_made_is_named(plugin):
+    plugin.write_text(GOOD + "\n    def __init__(self, *args):\n        raise KeyError('x')\n")
+    section = FederationSection(strategy=f"{plugin}:Mine")
+    with pytest.raises(ConfigError, match=r"mine\.py:Mine' failed in __init__ before round 1: Key"):
+        make_strategy(section, METHODS["lora"])
