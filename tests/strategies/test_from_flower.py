@@ -1,5 +1,6 @@
 """Flower's stock strategies inside fedlora, against Flower's classes called directly."""
 
+import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -41,6 +42,14 @@ CASES = [
 NAMES = [f"client-{i}" for i in range(7)]
 WEIGHTS = (3.0, 1.0, 7.5, 2.0, 1.0, 4.0, 2.5)
 each = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda v: str(v))
+
+
+@pytest.fixture(autouse=True)
+def small_heap():
+    """Flower's Bulyan collects garbage once per reply, over all that the test process holds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def bridge(name, options=(), method="lora"):
