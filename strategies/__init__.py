@@ -1,5 +1,7 @@
 """Aggregation strategies: one paper per file, looked up by name in `STRATEGIES`."""
 
+from typing import TYPE_CHECKING, Any
+
 from fedlora.strategies.base import Strategy
 from fedlora.strategies.fed_sb import FedSB
 from fedlora.strategies.fedex_lora import FedExLora
@@ -31,4 +33,16 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "rolora": RoLora,
 }
 
-__all__ = ["STRATEGIES", "Strategy"]
+if TYPE_CHECKING:
+    from fedlora.strategies.to_flower import as_flower
+
+__all__ = ["STRATEGIES", "Strategy", "as_flower"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "as_flower":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Flower takes a second to import, and need not be installed
+    from fedlora.strategies.to_flower import as_flower
+
+    return as_flower

@@ -1,4 +1,4 @@
-"""Finds a strategy class by name, by `file.py:Class` or by `package.module:Class`."""
+"""Finds a strategy class by name, by `flwr:Class`, `file.py:Class` or `package.module:Class`."""
 
 import importlib
 import importlib.util
@@ -93,6 +93,8 @@ def find_strategy(name: str) -> type[Strategy]:
                 f"known: {', '.join(STRATEGIES)}"
             )
         return STRATEGIES[name]
+    if name.startswith("flwr:"):
+        return _from_flower(name)
     place, _, class_name = name.rpartition(":")
     try:
         module = (
@@ -120,6 +122,17 @@ def find_strategy(name: str) -> type[Strategy]:
             f'federation.strategy = "{name}": {class_name} does not define {", ".join(missing)}'
         )
     return found
+
+
+def _from_flower(name: str) -> type[Strategy]:
+    try:
+        from fedlora.strategies.from_flower import flower_strategy
+    except ImportError as e:
+        raise ConfigError(
+            f'federation.strategy = "{name}" needs Flower ({e}); install it with: '
+            "pip install 'fedlora[flower]'"
+        ) from e
+    return flower_strategy(name)
 
 
 def _from_file(path: Path) -> object:

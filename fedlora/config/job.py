@@ -172,7 +172,8 @@ class FederationSection(Section):
     strategy: str = "fedit"
     """fedit, ffa-lora, rolora, fedex-lora, fedsvd, lora-fair; fed-sb (for method lora-xs);
     fedsa-lora (every client keeps a part of its own); flora, flexlora, hetlora, lora-lego,
-    lora-a2 (clients of unequal rank); `file.py:Class` or `package.module:Class`."""
+    lora-a2 (clients of unequal rank); `file.py:Class`, `package.module:Class`, or a stock
+    strategy of Flower such as `flwr:FedAdam`."""
     strategy_options: dict[str, Any] = {}
     """Options of the strategy."""
     wrappers: list[dict[str, Any]] = []
