@@ -25,10 +25,16 @@ def find_adapter(path: Path) -> Path:
     """The adapter folder that `path` (a run folder or an adapter folder) means.
 
     Raises:
-        AdapterError: neither, or a run that has not ended.
+        AdapterError: neither, a run that has not ended, or one without a global adapter.
     """
     if (path / "adapter_config.json").is_file():
         return path
+    if (path / "HEAD").is_file() and (path / "personal").is_dir():
+        names = sorted(folder.name for folder in (path / "personal").iterdir())
+        raise AdapterError(
+            f"run {path} has no global adapter, for its strategy leaves a part with each of its "
+            f"{len(names)} clients; give one client's, e.g. {path / 'personal' / names[0]}"
+        )
     if (path / "adapter" / "adapter_config.json").is_file():
         return path / "adapter"
     if (path / "HEAD").is_file():

@@ -61,6 +61,9 @@ class Wrapper(Strategy):
         self.personal = inner.personal
         self.budgets = inner.budgets
 
+    def check_method(self) -> None:
+        self.inner.check_method()
+
     def check(self, given: Conditions) -> None:
         self.inner.check(given)
         super().check(given)
