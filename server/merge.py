@@ -1,5 +1,6 @@
 """Merge: from the updates of a round to its committed state."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,6 +150,7 @@ def _checked(run: RunParts, state: StrategyState, new: StrategyState) -> Adapter
             raise StrategyError(f"{name} is a {type(tensor).__name__} after refactor, no tensor")
         if not bool(torch.isfinite(tensor).all()):
             raise StrategyError(f"tensor {name} is not finite after refactor")
+    _check_extra(new.extra)
     adapter = run.strategy.global_delta(new)
     for name, shape in trained_shapes(adapter.spec, METHODS[adapter.spec.method]).items():
         if name not in adapter.tensors:
@@ -160,6 +162,18 @@ def _checked(run: RunParts, state: StrategyState, new: StrategyState) -> Adapter
                 f"after refactor; expected {shape} and torch.float32"
             )
     return adapter
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    """A resumed run reads `extra` back from JSON, and must find what this one goes on with."""
+    try:
+        same = json.loads(encode_json(dict(extra))) == dict(extra)
+    except (TypeError, ValueError) as e:
+        raise StrategyError(f"extra is not JSON after refactor: {e}") from e
+    if not same:
+        raise StrategyError(
+            "extra is another one after JSON; use lists for tuples, and texts for keys"
+        )
 
 
 def _error(
