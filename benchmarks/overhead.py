@@ -51,6 +51,7 @@ from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.server.run_parts import Event, RoundSettings, RunParts
 from fedlora.simulation.local import LocalLink
 from fedlora.simulation.scenario import Scenario
+from fedlora.strategies.base import Conditions
 from fedlora.strategies.fedit import FedIT
 from fedlora.wire import decode_broadcast, decode_part
 
@@ -162,7 +163,7 @@ def fedlora_rounds(folder: Path, size: Size, clients: int, rounds: int) -> dict[
         seed=0,
         max_update_norm=100.0,
     )
-    strategy.check(spec, [client.rank for client in scenario.clients])
+    strategy.check(Conditions(spec, [client.rank for client in scenario.clients]))
     state = strategy.init(initial)
     events: list[Event] = []
     ends: list[float] = []

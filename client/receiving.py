@@ -10,6 +10,7 @@ from fedlora.adapters.base import Method
 from fedlora.errors import AdapterError
 from fedlora.messages import HEADS, Broadcast, Start
 from fedlora.strategies.base import cut
+from fedlora.strategies.plan_check import plan_problem
 from fedlora.wire import Shapes, decode_part, encode_tensors, sha256
 
 Fetch = Callable[[str], bytes]
@@ -40,6 +41,8 @@ def receive(
     Raises:
         AdapterError: another spec or basis than the server's, or a part that does not fit.
     """
+    if why := plan_problem(broadcast.plan, full, method):
+        raise AdapterError(f"the plan {why}")
     if broadcast.spec_digest != spec.digest():
         raise AdapterError(
             f"the server's adapter spec is {broadcast.spec_digest[:12]}, this client's is "
@@ -70,6 +73,8 @@ def receive(
         else:
             tensors.update(decode_part(fetch(digest), digest, shapes))
     missing = trained_shapes(spec, method).keys() - tensors.keys()
+    if broadcast.plan.control and "control" not in broadcast.parts:
+        missing |= {"control"}
     if missing:
         raise AdapterError(f"the broadcast lacks {', '.join(sorted(missing)[:3])}")
     return Start(AdapterState(spec, tensors), fold, control)

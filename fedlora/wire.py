@@ -29,6 +29,7 @@ from fedlora.messages import CONTROL, Broadcast, ClientUpdate, OptimizerState, R
 MAX_MANIFEST_BYTES = 64 * 1024
 MAX_TENSORS = 4096
 NAME = re.compile(r"[A-Za-z0-9._\-]{1,256}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 MASK = re.compile(r"[0-9a-f]{1,1024}")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -264,6 +265,8 @@ def decode_broadcast(manifest: bytes) -> Broadcast:
         or min(counts) < 0
         or plan["optimizer_state"] not in get_args(OptimizerState)
         or not all(isinstance(text, str) for text in texts)
+        or not all(DIGEST.fullmatch(digest) for digest in parts.values())
+        or not all(NAME.fullmatch(part) for part in parts)
         or not all(type(n) in (int, float) and 0 <= n < 1e30 for n in numbers)
         or len(folds) > MAX_FOLD_VERSIONS
         or not all(isinstance(ranks, list) for ranks in folds.values())

@@ -16,6 +16,7 @@ from fedlora.server.run_parts import Event, RunParts
 from fedlora.server.soundness import checked_shapes, checked_start
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import ClientInfo, StrategyState
+from fedlora.strategies.plan_check import plan_problem
 from fedlora.wire import Shapes, encode_broadcast, encode_tensors, sha256
 
 
@@ -129,12 +130,8 @@ class Handout:
             attempt=blank.attempt,
             client=blank.client,
         )
-        known = self.run.method.factor_shapes(self.state.spec.layers[0])
-        if odd := [factor for factor in plan.factors if factor not in known]:
-            raise StrategyError(
-                f"the plan trains factor {odd[0]!r}; method {self.run.method.name!r} has "
-                f"{', '.join(known)}"
-            )
+        if why := plan_problem(plan, self.state.spec, self.run.method):
+            raise StrategyError(f"the plan for client {client.name} {why}")
         most = self.state.spec.rank if self.run.strategy.budgets else client.rank
         if not 1 <= plan.rank <= most:
             raise StrategyError(

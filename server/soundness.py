@@ -1,5 +1,6 @@
 """What a strategy hands over, before it is believed: types, names, shapes, finite numbers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -155,7 +156,13 @@ def _sound(name: str, tensor: Any, step: str) -> None:
 def _json(value: Mapping[str, Any], place: str) -> dict[str, Any]:
     try:
         plain = dict(value)
-        encode_json(plain)
+        read_back = json.loads(encode_json(plain))
     except (TypeError, ValueError) as e:
         raise StrategyError(f"{place} cannot be written as JSON: {e}") from e
+    # a resumed run reads it back, and must find what this one goes on with
+    if read_back != plain:
+        raise StrategyError(
+            f"{place} is another one once read back from JSON; use lists for tuples, and texts "
+            "for keys"
+        )
     return plain

@@ -80,6 +80,9 @@ def _single(job: Job, steps: int, every: int) -> Job:
         update={
             "strategy": "fedit",
             "strategy_options": {},
+            "wrappers": [],
+            # there is nobody to wait for, and a buffer of several updates would never fill
+            "mode": "sync",
             "clients_per_round": None,
             "quorum": 1,
         }

@@ -61,6 +61,8 @@ def load(job: Job) -> Loaded:
         ConfigError, DataError, ModelError, AdapterError: bad input, all with exit code 2.
     """
     _check_device(job.run.device)
+    # before minutes of loading
+    make_strategy(job.federation, METHODS[job.adapter.method]).check_method()
     torch.set_num_threads(job.run.threads)
     processor = load_processor(job.model)
     data = load_federated(

@@ -129,8 +129,8 @@ Load it with `fedlora evaluate` or `fedlora export`.
 
 
 def _base(federation: Federation) -> Scores:
+    federation.hold(federation.loaded.initial)
     with federation.loaded.adapted.base_only():
-        federation.hold(federation.loaded.initial)
         return federation.scores(federation.loaded.data.test)
 
 

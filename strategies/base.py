@@ -193,7 +193,7 @@ class Strategy(ABC):
         Raises:
             ConfigError: with the reason and what to choose instead.
         """
-        self._check_method()
+        self.check_method()
         spec = given.spec
         odd = sorted({rank for rank in given.ranks if rank != spec.rank})
         if odd and not self.hetero_rank:
@@ -378,7 +378,12 @@ class Strategy(ABC):
             )
         return ""
 
-    def _check_method(self) -> None:
+    def check_method(self) -> None:
+        """Refuses an adapter method the strategy cannot merge; needs no model.
+
+        Raises:
+            ConfigError: with the reason and what to choose instead.
+        """
         if why := self.misfit(self.traits):
             raise ConfigError(f"strategy {self.name!r} {why}")
 

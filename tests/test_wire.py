@@ -269,6 +269,8 @@ HOSTILE_BROADCASTS = {
     ),
     "plan is a list": encode_json({**broadcast_manifest(), "plan": []}),
     "digests are lists": encode_json({**broadcast_manifest(), "parts": {"heads": []}}),
+    "a digest is none": encode_json({**broadcast_manifest(), "parts": {"heads": "\ud800"}}),
+    "a part's name is none": encode_json({**broadcast_manifest(), "parts": {"\ud800": "a" * 64}}),
     "digests are numbers": encode_json({**broadcast_manifest(), "parts": {"heads": 1}}),
 }
 

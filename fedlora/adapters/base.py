@@ -300,6 +300,9 @@ class AdapterLayer(nn.Module, ABC):
             return
         with torch.no_grad():
             merged = self.weight.to(self.factor_dtype) + self.delta_weight()
+            if self.fold:
+                left, *right = self.fold
+                merged += left @ right[0] if right else left
             self._original = self.stored_weight.detach().clone()
             stored = merged.T if self.transposed else merged
             self.stored_weight.copy_(stored)

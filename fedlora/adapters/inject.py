@@ -112,6 +112,8 @@ class AdaptedModel:
                 options=self.spec.options,
             )
             adapted.train(base.training)
+            if isinstance(module, AdapterLayer):
+                adapted.disabled = module.disabled
             parent, _, child = layer.name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, adapted)
             self.layers[layer.name] = adapted

@@ -64,6 +64,9 @@ class Wrapper(Strategy):
         self.waives = {**inner.waives, **self.waives}
         self.budgets = inner.budgets
 
+    def check_method(self) -> None:
+        self.inner.check_method()
+
     def check(self, given: Conditions) -> None:
         """Refuses what the strategy inside refuses, and what the wrapper itself cannot take."""
         self.inner.check(given)
