@@ -12,6 +12,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+pytest.importorskip("ray", reason="Flower's simulation needs the extra `bench`")
+
 ROOT = Path(__file__).parents[2]
 APP = ROOT / "examples" / "flower_app"
 
