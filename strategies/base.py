@@ -10,8 +10,8 @@ the product of two factors.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,120 +20,41 @@ from torch import Tensor
 from fedlora.adapter import (
     AdapterSpec,
     AdapterState,
-    LayerSpec,
     MethodTraits,
     split_name,
     trained_shapes,
     with_rank,
 )
-from fedlora.errors import AdapterError, ConfigError, near_miss
-from fedlora.linalg import recompress, stack
+from fedlora.errors import AdapterError, ConfigError
 from fedlora.messages import HEADS, ClientUpdate, LazyTensors, Pair, RoundPlan, Start
-from fedlora.strategies.fold import folded, folds
+from fedlora.strategies.fold import expanded, folds
+from fedlora.strategies.options import checked_options
+from fedlora.strategies.state import (
+    ClientInfo,
+    Conditions,
+    PrivacyUnit,
+    Stacks,
+    Stats,
+    StrategyState,
+    Updates,
+)
 
-Updates = Sequence[ClientUpdate]
-PrivacyUnit = Literal["record", "client"]
+__all__ = [
+    "ClientInfo",
+    "Conditions",
+    "Needs",
+    "PrivacyUnit",
+    "Stacks",
+    "Stats",
+    "Strategy",
+    "StrategyState",
+    "Updates",
+    "bilinear",
+    "checked_options",
+    "cut",
+]
+
 Needs = Literal["any", "bilinear", "product"]
-
-
-@dataclass(frozen=True)
-class ClientInfo:
-    """What a strategy knows of a client: its name and the rank it can hold."""
-
-    name: str
-    rank: int
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a strategy is checked against before round 1.
-
-    Attributes:
-        spec: the global adapter.
-        ranks: rank of every client.
-        clients_per_round: clients that are asked in a round; None for all.
-        optimizer: the clients' optimiser.
-        optimizer_state: whether clients keep its moments between rounds.
-        momentum: momentum of sgd.
-        privacy: unit of differential privacy; None without.
-        asynchronous: updates may be of earlier versions.
-    """
-
-    spec: AdapterSpec
-    ranks: Sequence[int]
-    clients_per_round: int | None = None
-    optimizer: str = "adamw"
-    optimizer_state: str = "reset"
-    momentum: float = 0.0
-    privacy: PrivacyUnit | None = None
-    asynchronous: bool = False
-
-
-@dataclass(frozen=True)
-class StrategyState:
-    """Everything a strategy carries from round to round; a checkpoint is all of it.
-
-    Attributes:
-        spec: the global adapter's spec.
-        round: rounds completed.
-        tensors: global factors and heads (and whatever else the strategy keeps), float32.
-        extra: small JSON values.
-    """
-
-    spec: AdapterSpec
-    round: int
-    tensors: Mapping[str, Tensor]
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Stacks(Mapping[str, Pair]):
-    """Layer -> (L (d, R), Q (R, k)) with L Q = sum_i p_i dW_i, made anew at each access.
-
-    Args:
-        layers: the global layers.
-        read: global layer -> the pairs of all clients.
-        weights: p_i, in the same order.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[LayerSpec],
-        read: Callable[[LayerSpec], Sequence[Pair]],
-        weights: Sequence[float],
-    ) -> None:
-        self._layers = {layer.name: layer for layer in layers}
-        self._read = read
-        self._weights = weights
-
-    def __getitem__(self, name: str) -> Pair:
-        return stack(self._read(self._layers[name]), self._weights)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What `reduce` leaves of the updates.
-
-    Attributes:
-        sums: weighted sums of tensors, float64.
-        weight: sum of the weights.
-        stacks: layer -> the mean weight change as a low-rank pair; {} if not needed.
-        notes: small JSON values for the record of the round, e.g. who was screened out.
-    """
-
-    sums: Mapping[str, Tensor]
-    weight: float
-    stacks: Mapping[str, Pair] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-    def mean(self) -> LazyTensors:
-        """Sums / weight, float64, one at a time."""
-        return LazyTensors(self.sums, lambda name: self.sums[name] / self.weight)
 
 
 class Strategy(ABC):
@@ -429,34 +350,6 @@ class Strategy(ABC):
         return f", or choose strategy {' or '.join(names)}" if names else ""
 
 
-def checked_options(
-    place: str, owner: str, given: Mapping[str, Any], known: Mapping[str, Any]
-) -> dict[str, Any]:
-    """`given` completed by the defaults in `known`.
-
-    Args:
-        place: dotted key of the options in the job.
-        owner: who takes them, for the message.
-
-    Raises:
-        ConfigError: an unknown option, or a value of another type than its default.
-    """
-    for key, value in given.items():
-        if key not in known:
-            names = ", ".join(known) or "none"
-            raise ConfigError(
-                f"{place}.{key} is not known to {owner}{near_miss(key, known)}; known: {names}"
-            )
-        default = known[key]
-        whole = isinstance(default, float) and type(value) is int
-        if default is not None and type(value) is not type(default) and not whole:
-            raise ConfigError(
-                f"{place}.{key} = {value!r} is a {type(value).__name__}; expected a "
-                f"{type(default).__name__}"
-            )
-    return {**known, **given}
-
-
 def bilinear(traits: MethodTraits) -> tuple[str, str]:
     """The method's two factors, zero-initialised one first; `check` has made sure of them."""
     assert traits.bilinear_factors is not None
@@ -474,26 +367,3 @@ def cut(adapter: AdapterState, rank: int, traits: MethodTraits) -> AdapterState:
             name = f"{old.name}.{factor}"
             tensors[name] = traits.resize(factor, tensors[name], old, new)
     return AdapterState(spec, tensors)
-
-
-def expanded(adapter: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterState:
-    """An s B A adapter and the folds in `tensors` as one LoRA of scale 1 and higher rank."""
-    spec = adapter.spec
-    joined = {name: adapter.tensors[name] for name in spec.head_shapes}
-    layers = []
-    for layer in spec.layers:
-        own = (
-            layer.scale * adapter.tensors[f"{layer.name}.B"].double(),
-            adapter.tensors[f"{layer.name}.A"].double(),
-        )
-        fold = folded(tensors, layer.name)
-        assert fold is not None
-        left, right = stack([fold, own], [1.0, 1.0])
-        if left.shape[1] > min(layer.out, layer.inp):
-            left, right = recompress(left, right)
-        layers.append(replace(layer, rank=left.shape[1], scale=1.0))
-        joined[f"{layer.name}.B"] = left.float().contiguous()
-        joined[f"{layer.name}.A"] = right.float().contiguous()
-    rank = max(layer.rank for layer in layers)
-    wide = replace(spec, method="lora", rank=rank, alpha=float(rank), layers=tuple(layers))
-    return AdapterState(wide, dict(sorted(joined.items())))

@@ -7,12 +7,13 @@ to rounding, so it stays a branch of its own, in float32.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fedlora.adapter import AdapterSpec, Tensors
-from fedlora.linalg import recompress
+from fedlora.adapter import AdapterSpec, AdapterState, Tensors
+from fedlora.linalg import recompress, stack
 from fedlora.messages import Pair
 
 PREFIX = "fold."
@@ -66,6 +67,29 @@ def add_fold(
         new = {name: t for name, t in new.items() if not name.startswith(PREFIX)}
         new.update(_named(version, joined))
     return new
+
+
+def expanded(adapter: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterState:
+    """An s B A adapter and the folds in `tensors` as one LoRA of scale 1 and higher rank."""
+    spec = adapter.spec
+    joined = {name: adapter.tensors[name] for name in spec.head_shapes}
+    layers = []
+    for layer in spec.layers:
+        own = (
+            layer.scale * adapter.tensors[f"{layer.name}.B"].double(),
+            adapter.tensors[f"{layer.name}.A"].double(),
+        )
+        fold = folded(tensors, layer.name)
+        assert fold is not None
+        left, right = stack([fold, own], [1.0, 1.0])
+        if left.shape[1] > min(layer.out, layer.inp):
+            left, right = recompress(left, right)
+        layers.append(replace(layer, rank=left.shape[1], scale=1.0))
+        joined[f"{layer.name}.B"] = left.float().contiguous()
+        joined[f"{layer.name}.A"] = right.float().contiguous()
+    rank = max(layer.rank for layer in layers)
+    wide = replace(spec, method="lora", rank=rank, alpha=float(rank), layers=tuple(layers))
+    return AdapterState(wide, dict(sorted(joined.items())))
 
 
 def _named(version: int, pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
