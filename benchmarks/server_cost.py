@@ -37,6 +37,7 @@ UNEQUAL = (4, 4, 4, 4, 8, 8, 8, 16, 16, 16, 32, 32, 32, 48, 64, 64)  # 360
 WIDE = (64,) * 16  # 1024, beyond the bar: reported
 FAST_BAR_S = 30.0
 MEMORY_BAR = 3.5
+POOL = 0.02 * torch.randn(2**22, generator=torch.Generator().manual_seed(0))
 
 
 def make_spec(layers: int, rank: int, method: str) -> AdapterSpec:
@@ -58,11 +59,17 @@ def make_spec(layers: int, rank: int, method: str) -> AdapterSpec:
 
 
 def drawn(shapes: dict[str, tuple[int, ...]], *stream: object) -> dict[str, torch.Tensor]:
-    """Factors of the size that training gives them."""
-    return {
-        name: 0.02 * torch.randn(shape, generator=generator(0, *map(str, stream), name))
-        for name, shape in shapes.items()
-    }
+    """Factors of the size that training gives them, cut from one pool of random numbers.
+
+    Each starts at a place of its own, for drawing them all would take longer than the merge.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel()
+        draws = generator(0, *map(str, stream), name)
+        start = int(torch.randint(len(POOL) - size, (1,), generator=draws))
+        found[name] = POOL[start : start + size].reshape(shape).clone()
+    return found
 
 
 def one(strategy: str, options: dict, ranks: tuple[int, ...], layers: int, folder: Path) -> dict:
