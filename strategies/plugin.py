@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,11 @@ def make_strategy(section: FederationSection, traits: MethodTraits) -> Strategy:
     for table in reversed(section.wrappers):
         options = dict(table)
         name = options.pop("name", None)
+        if name is None:
+            raise ConfigError(
+                f"federation.wrappers has {table!r}, which names no wrapper; expected e.g. "
+                '{name = "krum"}'
+            )
         if not isinstance(name, str) or name not in WRAPPERS:
             raise ConfigError(
                 f"federation.wrappers names {name!r}, which is not known"
@@ -87,6 +93,10 @@ def find_strategy(name: str) -> type[Strategy]:
         ConfigError: unknown name, missing file, or not a Strategy class.
     """
     if ":" not in name:
+        if name.endswith(".py"):
+            raise ConfigError(
+                f'federation.strategy = "{name}" lacks the class; expected "{name}:Class"'
+            )
         if name not in STRATEGIES:
             raise ConfigError(
                 f'federation.strategy = "{name}" is not known{near_miss(name, STRATEGIES)}; '
@@ -105,6 +115,7 @@ def find_strategy(name: str) -> type[Strategy]:
     except (Exception, SystemExit) as e:  # a plug-in may fail to import in any way it likes
         raise ConfigError(
             f'federation.strategy = "{name}" cannot be imported: {type(e).__name__}: {e}'
+            f"{_line_of(e, place)}"
         ) from e
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Strategy)):
@@ -115,7 +126,8 @@ def find_strategy(name: str) -> type[Strategy]:
         ]
         raise ConfigError(
             f'federation.strategy = "{name}": {place} has no strategy class {class_name!r}; '
-            f"it has {', '.join(classes) or 'none'}"
+            f"it has {', '.join(classes) or 'none'} (a class derived from "
+            "fedlora.strategies.base.Strategy)"
         )
     if missing := sorted(found.__abstractmethods__):
         raise ConfigError(
@@ -133,6 +145,13 @@ def _from_flower(name: str) -> type[Strategy]:
             "pip install 'fedlora[flower]'"
         ) from e
     return flower_strategy(name)
+
+
+def _line_of(error: BaseException, place: str) -> str:
+    """The last line of the plug-in's file that was reached; empty if it was not run."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename) == Path(place)]
+    return f" ({place}, line {lines[-1]})" if lines else ""
 
 
 def _from_file(path: Path) -> object:

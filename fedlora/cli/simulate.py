@@ -18,6 +18,7 @@ from fedlora.errors import EXIT_INTERRUPTED, ConfigError
 from fedlora.simulation.federation import Federation, load
 from fedlora.simulation.results import finish, is_finished
 from fedlora.strategies import STRATEGIES
+from fedlora.strategies.plugin import make_strategy
 
 KNOWN = {"adapter.method": list(METHODS), "federation.strategy": list(STRATEGIES)}
 
@@ -65,6 +66,9 @@ def run_simulate(
 ) -> None:
     """Runs a new federation."""
     job = read_job(path, overrides)
+    if job.adapter.start is None:
+        # a wrong name or option need not wait for the model and the data
+        make_strategy(job.federation, METHODS[job.adapter.method])
     folder = out or Path("runs") / f"{job.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     view = LiveView(job, folder, quiet=as_json)
     with view:

@@ -49,7 +49,12 @@ def list_all(json: AsJson = False) -> None:
     for title, rows in found.items():
         if rows:
             typer.echo(f"{title}\n{_table(rows)}\n")
-    typer.echo("A wrapper's columns say what it leaves of the strategy inside it.")
+    typer.echo("A wrapper's columns say what it leaves of the strategy inside it.\n")
+    typer.echo("options: in [federation.strategy_options], or in the wrapper's own table")
+    for row in (*found["strategies"], *found["wrappers"]):
+        if row["options"]:
+            values = ", ".join(f"{k} = {jsonlib.dumps(v)}" for k, v in row["options"].items())
+            typer.echo(f"{row['name']:<17}  {values}")
 
 
 @app.command()
@@ -189,6 +194,7 @@ def _described(name: str, kind: type[Any]) -> dict[str, Any]:
         "name": name,
         **{flag: bool(getattr(kind, flag)) for flag in FLAGS},
         "needs": kind.needs,
+        "options": dict(kind.options),
         "privacy": sorted(kind.privacy),
         "what": what,
     }

@@ -53,13 +53,6 @@ def declared(federation: Federation) -> None:
     except (TypeError, ValueError) as e:
         require(False, f"options = {strategy.options!r} ({e})", "JSON values by name")
     admit(federation, strategy)
-    if not strategy.folds:
-        for state in federation.walk():
-            require(
-                not folds(state.tensors),
-                "the state holds a fold of the base, and folds = False",
-                "folds = True for a strategy that changes the base",
-            )
 
 
 def chosen(federation: Federation, states: Iterable[StrategyState]) -> None:
@@ -158,6 +151,11 @@ def advanced(federation: Federation) -> None:
             f"{state.round + 1}",
         )
         require(new.spec == state.spec, "refactor changed the spec", "the same spec")
+        require(
+            strategy.folds or not folds(new.tensors),
+            "the next state holds a fold of the base, and folds = False",
+            "folds = True for a strategy that changes the base",
+        )
         names = {n for n in trained_shapes(state.spec, federation.method) if n in state.tensors}
         lost = sorted(names - new.tensors.keys())
         require(not lost, f"the next state lacks {lost[:1]}", "every factor and head")

@@ -76,10 +76,11 @@ class MultiKrum(Spaced):
         f = self.hostile(n)
         if n > 2 * f + 2:
             return ""
+        most = max(0, (n - 3) // 2)
+        lower = f"lower federation.wrappers.{self.name}.hostile to at most {most}, or " if f else ""
         return (
             f"{f} hostile clients need more than 2 * {f} + 2 = {2 * f + 2} updates in a round; "
-            f"lower federation.wrappers.{self.name}.hostile to at most {max(0, (n - 3) // 2)}, or "
-            "take more clients"
+            f"{lower}take more clients"
         )
 
 

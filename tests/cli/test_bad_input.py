@@ -69,6 +69,7 @@ def table(tmp_path):
         ("run.device=meta", ("run.device = 'meta'",)),
         ("data.max_length=513", ("512 positions",)),
         ("federation.strategy=mine.py:Mine", ("mine.py", "does not exist")),
+        ("federation.wrappers=[{hostile = 1}]", ("names no wrapper", "'hostile': 1")),
     ],
 )
 def test_a_wrong_setting_is_refused(cli, job, tmp_path, override, parts):

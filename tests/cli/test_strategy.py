@@ -87,6 +87,11 @@ def test_list_shows_every_strategy_and_what_it_declares(call):
         for flag in ("exact", "linear", "hetero_rank", "personal", "asynchronous", "needs"):
             assert row[flag] == getattr(kind, flag)
         assert row["privacy"] == sorted(kind.privacy)
+    for row in (*found["strategies"], *found["wrappers"]):
+        assert row["options"] == {**STRATEGIES, **WRAPPERS}[row["name"]].options
+        for key, value in row["options"].items():
+            written = f"{key} = {json.dumps(value)}"
+            assert any(row["name"] == s.split()[0] and written in s for s in lines if s)
         assert row["what"].endswith(".")
 
 
@@ -167,7 +172,7 @@ def test_a_wrapper_is_tried_around_a_strategy(call, mine):
     ("body", "head", "message"),
     [
         ("", "import sys\nsys.exit(0)\n", "cannot be imported: SystemExit"),
-        ("", "1 / 0\n", "cannot be imported: ZeroDivisionError"),
+        ("", "1 / 0\n", "mine.py, line 1)"),
         ("", "\n", "has no strategy class 'Mine'"),
         (
             "    def check(self, given):\n"

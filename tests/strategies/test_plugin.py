@@ -73,6 +73,7 @@ def test_a_class_in_a_module():
         ("{folder}/syntax.py:Mine", "cannot be imported: SyntaxError"),
         ("{folder}/half.py:Half", "Half does not define factors"),
         ("fedlora.nowhere:Mine", "cannot be imported: ModuleNotFoundError"),
+        ("mine.py", 'expected "mine.py:Class"'),
         (":Mine", "cannot be imported"),
         ("..:Mine", "cannot be imported"),
         ("fedlora.strategies.base:Strategy", "does not define factors"),

@@ -73,6 +73,9 @@ def test_too_few_updates_for_so_many_hostile_ones(wrapper):
         check(chosen, state, n=6)
     with pytest.raises(StrategyError, match=r"round of 6 updates: 2 hostile .* to at most 1"):
         chosen.reduce(state, crowd(chosen, state, 6))
+    chosen, state, _ = wrapped(wrapper)
+    with pytest.raises(ConfigError, match=r"in a round; take more clients"):
+        check(chosen, state, n=2)
     with pytest.raises(ConfigError, match="hostile = -1; expected a number of clients"):
         wrapped(wrapper, options={"hostile": -1})
 
