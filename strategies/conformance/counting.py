@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedlora.messages import ClientUpdate
-from fedlora.strategies.base import Strategy, StrategyState
+from torch import Tensor
+
+from fedlora.messages import CONTROL, ClientUpdate
+from fedlora.strategies.base import Stats, Strategy, StrategyState
 from fedlora.strategies.conformance.federation import NAMES, Federation
 from fedlora.strategies.conformance.law import Law, require
 from fedlora.strategies.conformance.reference import distance, effect, ideal
@@ -85,9 +87,15 @@ def _compare(
     gap, name = distance(found, wanted)
     require(gap <= SAME, what.format(name, gap), f"no change beyond rounding ({SAME:g})")
     if strategy.linear:
-        means = [dict(strategy.reduce(state, group).mean()) for group in (other, updates)]
+        means = [_means(strategy.reduce(state, group)) for group in (other, updates)]
         gap, name = distance(*means)
         require(gap <= SUMS, what.format(f"the mean of {name}", gap), f"at most {SUMS:g}")
+
+
+def _means(stats: Stats) -> dict[str, Tensor]:
+    """Weighted means; control variates are summed over clients, so that weights leave theirs."""
+    means = stats.mean()
+    return {k: t if k.startswith(CONTROL) else means[k] for k, t in stats.sums.items()}
 
 
 COUNTING = (

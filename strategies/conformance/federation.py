@@ -23,9 +23,10 @@ from fedlora.adapter import (
     trained_shapes,
     with_rank,
 )
+from fedlora.errors import ConfigError
 from fedlora.messages import CONTROL, HEADS, ClientUpdate, Pair, RoundPlan
 from fedlora.seeds import generator
-from fedlora.strategies.base import ClientInfo, Strategy, StrategyState
+from fedlora.strategies.base import ClientInfo, Conditions, Strategy, StrategyState
 
 # d = k, and two that are not square; four clients of rank 4 stack to more than min(d, k) = 8
 # in the first and third layer, and to less in the second
@@ -115,9 +116,19 @@ class Federation:
         self._rank = rank
         self._drawn_basis = drawn_basis
 
-    def strategy(self) -> Strategy:
-        """A new instance."""
+    def unchecked(self) -> Strategy:
+        """A new instance that has not been told of the federation."""
         return self._make(self.method)
+
+    def strategy(self) -> Strategy:
+        """A new instance that has checked the federation, as every run's has before round 1.
+
+        Raises:
+            ConfigError, AdapterError: it refuses.
+        """
+        strategy = self.unchecked()
+        admit(self, strategy)
+        return strategy
 
     @property
     def clients(self) -> list[ClientInfo]:
@@ -248,6 +259,19 @@ class Federation:
         for _ in range(2):
             state = self.round(strategy, state, self.cohort(strategy, state))
             yield state
+
+
+def admit(federation: Federation, strategy: Strategy) -> None:
+    """The strategy's own `check`, with the usual optimiser, or else with the plain one.
+
+    Raises:
+        ConfigError, AdapterError: the strategy refuses.
+    """
+    given = Conditions(federation.spec, federation.ranks)
+    try:
+        strategy.check(given)
+    except ConfigError:
+        strategy.check(replace(given, optimizer="sgd"))
 
 
 def expected_shapes(

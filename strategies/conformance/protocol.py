@@ -10,7 +10,7 @@ from fedlora.adapter import trained_shapes, with_rank
 from fedlora.errors import AdapterError, ConfigError
 from fedlora.messages import HEADS, Start
 from fedlora.strategies.base import Conditions, Stats, Strategy, StrategyState
-from fedlora.strategies.conformance.federation import MIXED, Federation, expected_shapes
+from fedlora.strategies.conformance.federation import MIXED, Federation, admit, expected_shapes
 from fedlora.strategies.conformance.law import Law, require
 from fedlora.strategies.conformance.reference import adapter_effect, distance, effect
 from fedlora.strategies.conformance.soundness import json_safe, sound, whole
@@ -21,21 +21,8 @@ NEEDS = ("any", "bilinear", "product")
 UNITS = frozenset({"record", "client"})
 
 
-def admit(federation: Federation, strategy: Strategy) -> None:
-    """The strategy's own `check`, with the usual optimiser, or else with the plain one.
-
-    Raises:
-        ConfigError, AdapterError: the strategy refuses.
-    """
-    given = Conditions(federation.spec, federation.ranks)
-    try:
-        strategy.check(given)
-    except ConfigError:
-        strategy.check(replace(given, optimizer="sgd"))
-
-
 def declared(federation: Federation) -> None:
-    strategy = federation.strategy()
+    strategy = federation.unchecked()
     name = getattr(strategy, "name", None)
     require(isinstance(name, str) and bool(name), f"name = {name!r}", "a text")
     for key in ("exact", "linear", "hetero_rank", "regauges", "folds", "personal", "asynchronous"):
@@ -189,7 +176,7 @@ def merged(federation: Federation) -> None:
 
 
 def ranked(federation: Federation) -> None:
-    strategy = federation.strategy()
+    strategy = federation.unchecked()
     given = Conditions(federation.spec, MIXED)
     try:
         strategy.check(given)

@@ -103,7 +103,7 @@ def resumed(federation: Federation) -> None:
 
 def narrow(federation: Federation) -> None:
     wide = Federation(
-        lambda traits: federation.strategy(),
+        lambda traits: federation.unchecked(),
         federation.methods,
         federation.method.name,
         (WIDE_RANK,) * 4,

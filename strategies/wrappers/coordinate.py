@@ -36,6 +36,11 @@ class Coordinate(Wrapper):
     hetero_rank = False
     asynchronous = False
     privacy = frozenset({"record"})
+    waives: Mapping[str, str] = {
+        "heads": "heads are merged element by element, as every tensor",
+        "split": "clients count alike, whatever their weight",
+        "zero-weight": "clients count alike, whatever their weight",
+    }
 
     @abstractmethod
     def merge(self, values: Tensor) -> Tensor:

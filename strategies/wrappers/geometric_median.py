@@ -33,6 +33,9 @@ class GeometricMedian(Spaced):
     linear = False
     asynchronous = False
     privacy = frozenset({"record"})
+    waives: Mapping[str, str] = {
+        "heads": "heads are merged with the weights of the median",
+    }
     options: ClassVar[Mapping[str, Any]] = {"space": "product"}
 
     def check(self, given: Conditions) -> None:

@@ -33,6 +33,12 @@ class MultiKrum(Spaced):
     linear = False
     asynchronous = False
     privacy = frozenset({"record"})
+    waives: Mapping[str, str] = {
+        "absent": "fewer than 2 f + 3 updates have no score and are refused",
+        "alone": "fewer than 2 f + 3 updates have no score and are refused",
+        "split": "scores count neighbours, not their weights",
+        "zero-weight": "scores count neighbours, not their weights",
+    }
     options: ClassVar[Mapping[str, Any]] = {"hostile": 0, "keep": 0, "space": "product"}
 
     def __init__(self, inner: Strategy, options: Mapping[str, Any] | None = None) -> None:
@@ -92,6 +98,10 @@ class Krum(MultiKrum):
     """
 
     name = "krum"
+    waives: Mapping[str, str] = {
+        **MultiKrum.waives,
+        "heads": "heads are those of the one client that is taken",
+    }
     options: ClassVar[Mapping[str, Any]] = {"hostile": 0, "space": "product"}
 
     def keep(self, n: int) -> int:

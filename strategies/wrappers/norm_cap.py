@@ -57,6 +57,17 @@ class NormCap(Wrapper):
         if not self.settings["cap"]:
             self.linear = False
             self.privacy = self.privacy & {"record"}
+        counted = "the median of the norms counts clients, not their weights"
+        fixed = "an update longer than the cap is never taken whole"
+        self.waives = {
+            **self.waives,
+            "heads": "heads are scaled with the update they came with",
+            **(
+                dict.fromkeys(("alone", "same"), fixed)
+                if self.settings["cap"]
+                else dict.fromkeys(("split", "zero-weight"), counted)
+            ),
+        }
 
     def check(self, given: Conditions) -> None:
         super().check(given)

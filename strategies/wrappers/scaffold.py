@@ -55,6 +55,10 @@ class Scaffold(Wrapper):
     asynchronous = False
     # the change of the control variates would need a share of the clip of its own
     privacy = frozenset({"record"})
+    waives: Mapping[str, str] = {
+        "split": "control variates count clients, not their weights",
+        "zero-weight": "control variates count clients, not their weights",
+    }
     options: ClassVar[Mapping[str, Any]] = {"rate": 1.0, "clients": 0}
 
     def __init__(self, inner: Strategy, options: Mapping[str, Any] | None = None) -> None:

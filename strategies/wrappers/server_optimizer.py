@@ -33,9 +33,19 @@ from fedlora.strategies.wrappers.gauge import refuse_new_gauge
 
 
 class ServerOptimizer(Wrapper):
-    """A step of the server's own along what the strategy inside would have changed."""
+    """A step of the server's own along what the strategy inside would have changed.
+
+    Attributes:
+        decay: the option that is the decay of m.
+    """
 
     exact = False
+    decay: ClassVar[str] = "beta1"
+    waives: Mapping[str, str] = {
+        "alone": "the server's step is not the clients' mean change",
+        "heads": "heads take the server's step, as every tensor",
+        "same": "the server's step is not the clients' mean change",
+    }
 
     def __init__(self, inner: Strategy, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(inner, options)
@@ -47,6 +57,9 @@ class ServerOptimizer(Wrapper):
                     f"federation.wrappers.{self.name}.{key} = {value:g}; expected a number "
                     f"{bounds.get(key, 'from 0 to below 1')}"
                 )
+        if self.settings[self.decay]:
+            still = "momentum goes on when clients stand still"
+            self.waives = {**self.waives, "still": still}
 
     def check(self, given: Conditions) -> None:
         super().check(given)
@@ -185,6 +198,7 @@ class FedMomentum(ServerOptimizer):
     """
 
     name = "fedmomentum"
+    decay = "beta"
     options: ClassVar[Mapping[str, Any]] = {"eta": 1.0, "beta": 0.9}
 
     def step(
