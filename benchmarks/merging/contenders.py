@@ -16,7 +16,7 @@ from fedlora.merging.options import make_merger
 from fedlora.merging.sources import Source
 
 FACTORS = (0.15, 0.3, 0.6, 1.0, 1.8, 6.0)
-"""Multiples of the mean of six: 1.8 is 0.3 times their sum, 6 is the sum."""
+"""Multiples of the mean; of six, 1.8 is 0.3 times their sum and 6 the sum."""
 
 Grams = Mapping[str, Tensor]
 

@@ -9,7 +9,7 @@ seeds that are already there are not made again.
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +24,7 @@ from benchmarks.merging.contenders import (
     distance_from_mean,
 )
 from benchmarks.merging.tabulate import write
-from benchmarks.merging.train import CASES, RATE, STEPS, Bench
+from benchmarks.merging.train import CASES, RATE, STEPS, Bench, Case
 from benchmarks.vision.prepare import DOMAINS, prepare
 from benchmarks.vision.run import commit
 from benchmarks.vision.settings import FIRST_TUNING_SEED
@@ -42,6 +42,7 @@ def measure(
     grams: Sequence[Grams],
     contender: Contender,
     variants: Sequence[Variant],
+    domains: Iterable[str] = DOMAINS,
 ) -> list[Line]:
     """Merges as each variant says, and how good the result is.
 
@@ -63,13 +64,13 @@ def measure(
             options = variant.options
         changes = {name: (variant.factor * b, a) for name, (b, a) in merged.items()}
         bench.hold_change(changes)
-        domains = bench.accuracies()
+        scores = bench.accuracies(domains)
         lines.append(
             {
                 "contender": contender.label,
                 "variant": str(variant),
-                "accuracy": fmean(domains.values()),
-                "domains": domains,
+                "accuracy": fmean(scores.values()),
+                "domains": scores,
                 "rank": max(right.shape[0] for _, right in changes.values()),
                 "bytes": sum(4 * factor.numel() for pair in changes.values() for factor in pair),
                 "distance": distance_from_mean(changes, sources),
@@ -79,21 +80,21 @@ def measure(
     return lines
 
 
-def references(bench: Bench, sources: Sequence[Source]) -> Line:
-    """Accuracies of the base and of each adapter alone, on every domain, and their agreement."""
+def references(bench: Bench, case: Case, sources: Sequence[Source]) -> Line:
+    """Accuracies of the base and of each adapter alone, on every domain; the adapters' cosine."""
     with bench.loaded.adapted.base_only():
-        base = bench.accuracies()
+        base = bench.accuracies(case.ranks)
     singles = {}
-    for domain, source in zip(DOMAINS, sources, strict=True):
+    for domain, source in zip(case.ranks, sources, strict=True):
         bench.hold(source.spec, source.tensors)
-        singles[domain] = bench.accuracies()
+        singles[domain] = bench.accuracies(case.ranks)
     return {"base": base, "singles": singles, "cosine": agreement(sources)}
 
 
-def statistics(bench: Bench, sources: Sequence[Source]) -> Sequence[Grams]:
+def statistics(bench: Bench, case: Case, sources: Sequence[Source]) -> Sequence[Grams]:
     """RegMean's Grams of every adapter on its own training pictures."""
     grams = []
-    for domain, source in zip(DOMAINS, sources, strict=True):
+    for domain, source in zip(case.ranks, sources, strict=True):
         bench.hold(source.spec, source.tensors)
         grams.append(collect_grams(bench.loaded.adapted, bench.loaded.data.clients[domain].train))
     return grams
@@ -106,24 +107,30 @@ def best(lines: Sequence[Line], contender: str) -> str:
     return found
 
 
-def run_seed(found: Line, place: Path, adapters: Path, seed: int) -> None:
+def run_seed(found: Line, work: Path, adapters: Path, seed: int) -> None:
     """Adds to `found` what one seed gives, in every case: all variants, or the chosen ones."""
-    bench = Bench(place, seed)
-    for name, case in CASES.items():
+    tuning = seed >= FIRST_TUNING_SEED
+    missing = [name for name in CASES if str(seed) not in found["seeds"].get(name, {})]
+    if not missing:
+        return
+    bench = Bench(prepare(work, seed), seed)
+    for name in missing:
+        case = CASES[name]
         sources = bench.adapters(adapters, case)
-        grams = statistics(bench, sources)
+        grams = statistics(bench, case, sources)
         lines = []
         for contender in CONTENDERS:
             variants = list(contender.variants())
-            if seed < FIRST_TUNING_SEED:
-                tuned = best(found["tuning"][name]["lines"], contender.label)
+            if not tuning:
+                tried = found["seeds"][name][str(FIRST_TUNING_SEED)]["lines"]
+                tuned = best(tried, contender.label)
                 variants = [variant for variant in variants if str(variant) == tuned]
-            lines += measure(bench, sources, grams, contender, variants)
-        entry = {**references(bench, sources), "lines": lines}
-        if seed < FIRST_TUNING_SEED:
-            found["scored"].setdefault(name, {})[str(seed)] = entry
-        else:
-            found["tuning"][name] = entry
+            lines += measure(bench, sources, grams, contender, variants, case.ranks)
+        found["seeds"].setdefault(name, {})[str(seed)] = {
+            **references(bench, case, sources),
+            "lines": lines,
+            "commit": commit(),
+        }
         mean = next(line for line in lines if line["contender"] == CONTENDERS[0].label)
         print(f"seed {seed} {name}: mean {mean['accuracy']:.4f}", flush=True)
 
@@ -140,19 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.out / "merging.json"
     found: Line = {
         "machine": machine(threads=1),
-        "commit": commit(),
         "steps": STEPS,
         "rate": RATE,
-        "tuning": {},
-        "scored": {},
+        "seeds": {},
     }
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
     for seed in (FIRST_TUNING_SEED, *options.seeds):
-        done: Mapping[str, Any] = found["scored"].get(list(CASES)[-1], {})
-        if str(seed) in done or (seed >= FIRST_TUNING_SEED and found["tuning"]):
-            continue
-        run_seed(found, prepare(options.work, seed), options.adapters, seed)
+        run_seed(found, options.work, options.adapters, seed)
         options.out.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps(_rounded(found), indent=1) + "\n").encode())
     print(write(path))

@@ -18,29 +18,36 @@ from matplotlib.figure import Figure
 from benchmarks.merging.contenders import BASELINE, CONTENDERS
 from benchmarks.merging.train import CASES
 from benchmarks.vision.prepare import DOMAINS
+from benchmarks.vision.settings import FIRST_TUNING_SEED
 from fedlora.report.paired import Paired, paired, spread
 from fedlora.report.theme import CATEGORIES, INK, MUTED, themed, to_png
 
 TUNED_BASELINE = "task-arithmetic, tuned"
+BASE = "base model"
 COMPARED = (
     ("lora-lego paper", BASELINE),
     ("lora-lego mass", BASELINE),
-    ("lora-lego paper", TUNED_BASELINE),
     ("lora-lego paper, times c", TUNED_BASELINE),
-    ("lora-lego paper, times c", "task-arithmetic, tuned, rank r"),
-    ("lora-lego paper, times c", "factor mean, times c"),
+    ("lora-lego mass, times c", TUNED_BASELINE),
+    ("lora-lego mass", "factor mean"),
     ("factor mean", BASELINE),
+    ("flexlora", BASELINE),
     ("ties, tuned", TUNED_BASELINE),
     ("dare, tuned", TUNED_BASELINE),
     ("regmean", BASELINE),
     ("regmean, times c", TUNED_BASELINE),
+    (BASELINE, BASE),
+    ("factor mean", BASE),
+    ("lora-lego mass", BASE),
 )
 
 Entries = Mapping[str, Mapping[str, Any]]
 
 
 def accuracies(entries: Entries, contender: str) -> dict[int, float]:
-    """Seed -> accuracy of a contender, in percent."""
+    """Seed -> accuracy of a contender or of BASE, in percent."""
+    if contender == BASE:
+        return {int(seed): 100 * fmean(e["base"].values()) for seed, e in entries.items()}
     return {
         int(seed): 100 * line["accuracy"]
         for seed, entry in entries.items()
@@ -58,7 +65,7 @@ def compare(entries: Entries, contender: str, reference: str) -> Paired:
 
 def ceiling(entry: Mapping[str, Any]) -> float:
     """Mean over adapters of the accuracy on their own domain, in percent."""
-    return 100 * fmean(entry["singles"][domain][domain] for domain in DOMAINS)
+    return 100 * fmean(scores[domain] for domain, scores in entry["singles"].items())
 
 
 def alone(entry: Mapping[str, Any]) -> float:
@@ -69,14 +76,14 @@ def alone(entry: Mapping[str, Any]) -> float:
 def table(entries: Entries) -> str:
     """One case: contenders by falling accuracy, references last."""
     header = ["method", "options (seed 100)", "accuracy", "s.d.", "minus mean", "95 % interval"]
-    header += ["minus tuned TA", "95 % interval", "rank", "KB", "distance", "ms"]
+    header += ["minus base", "95 % interval", "rank", "KB", "distance", "ms"]
     rows = []
     for contender in CONTENDERS:
         label = contender.label
         lines = [x for entry in entries.values() for x in entry["lines"] if x["contender"] == label]
         found = spread(list(accuracies(entries, label).values()))
         cells = [label, lines[0]["variant"], _number(found.mean), _number(found.deviation)]
-        for reference in (BASELINE, TUNED_BASELINE):
+        for reference in (BASELINE, BASE):
             cells += (
                 ["", ""] if label == reference else _interval(compare(entries, label, reference))
             )
@@ -91,8 +98,8 @@ def table(entries: Entries) -> str:
     body = [cells for _, cells in rows]
     for label, values in (
         ("*each adapter on its own domain*", [ceiling(entry) for entry in entries.values()]),
-        ("*one adapter on all domains, mean of six*", [alone(e) for e in entries.values()]),
-        ("*base model*", [100 * fmean(e["base"].values()) for e in entries.values()]),
+        ("*one adapter on all domains, mean*", [alone(e) for e in entries.values()]),
+        ("*base model*", list(accuracies(entries, BASE).values())),
     ):
         found = spread(values)
         cells = [label, "", _number(found.mean), _number(found.deviation)]
@@ -131,12 +138,13 @@ def singles(entries: Entries) -> str:
 def picture(scored: Mapping[str, Entries]) -> Figure:
     """Paired differences to the mean of the changes with their intervals, a panel per case."""
     labels = [contender.label for contender in CONTENDERS if contender.label != BASELINE]
-    figure = Figure(figsize=(11.5, 1.5 + 0.27 * len(labels)), layout="constrained")
-    panels = figure.subplots(1, len(CASES), sharey=True)
-    for axes, (name, case) in zip(panels, CASES.items(), strict=True):
+    figure = Figure(figsize=(12.5, 1.5 + 0.27 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, len(CASES), sharey=True, sharex=True)
+    for axes, name in zip(panels, CASES, strict=True):
         entries = scored[name]
         centre = fmean(accuracies(entries, BASELINE).values())
-        axes.set_title(f"{case.title.replace(', ', chr(10), 1)}\nmean: {centre:.1f} %", fontsize=9)
+        base = fmean(accuracies(entries, BASE).values())
+        axes.set_title(f"{name}: mean {centre:.1f} %,\nbase model {base:.1f} %", fontsize=10)
         axes.axvline(0.0, color=INK, linewidth=1.0)
         for place, label in enumerate(labels):
             found = compare(entries, label, BASELINE)
@@ -161,7 +169,11 @@ def picture(scored: Mapping[str, Entries]) -> Figure:
 def write(path: Path) -> str:
     """Writes page and picture beside the results, and returns the page."""
     found = json.loads(path.read_text("utf-8"))
-    scored = found["scored"]
+    scored: dict[str, Entries] = {
+        name: {seed: e for seed, e in entries.items() if int(seed) < FIRST_TUNING_SEED}
+        for name, entries in found["seeds"].items()
+    }
+    commits = {e["commit"] for entries in found["seeds"].values() for e in entries.values()}
     image = path.with_suffix(".png")
     image.write_bytes(to_png(picture(scored)))
     seeds = ", ".join(next(iter(scored.values())))
@@ -173,7 +185,7 @@ def write(path: Path) -> str:
         "The tiny vision transformer and the six domains of digits of the vision benchmark. One "
         f"LoRA per domain (scale 2, AdamW, rate {found['rate']:g}, cosine, {found['steps']} steps "
         "of 32 pictures), trained on that domain alone, then merged at equal weight by "
-        "`fedlora.merging`, as `fedlora merge` does. Accuracy in percent, mean over the six "
+        "`fedlora.merging`, as `fedlora merge` does. Accuracy in percent, mean over the "
         f"domains' test pictures; seeds {seeds}, which change data, model and adapters. Options "
         "are the best of a small grid on seed 100, which is not scored. Intervals are of "
         "Student's t over differences paired by seed, one pair at a time: of so many, about one "
@@ -194,10 +206,10 @@ def write(path: Path) -> str:
         "factors; ms is the median time of the merge alone (for regmean without its statistics "
         'of the data), on a machine with other work. "times c" multiplies the merged change '
         "by a tuned factor, which is no option of these methods: it parts the direction of the "
-        "result from its length. r is the largest rank of an adapter. TA is task arithmetic.",
+        "result from its length. r is the largest rank of an adapter.",
         "## Each adapter alone (own)",
         singles(scored["own"]),
-        f"Commit {found['commit']}. Machine: {where}.",
+        f"Commits {', '.join(sorted(commits))}. Machine: {where}.",
     ]
     text = "\n\n".join(parts) + "\n"
     path.with_suffix(".md").write_text(text, "utf-8")

@@ -5,7 +5,7 @@ as it is. Adapters are kept as folders, so that `fedlora merge` can take them as
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,19 +35,27 @@ class Case:
 
     Attributes:
         title: what they are.
-        ranks: one per domain, in the order of DOMAINS.
+        ranks: domain -> rank of its adapter, in the order of DOMAINS.
         shared: all start from the same A, as in a federation; else each draws its own.
     """
 
     title: str
-    ranks: tuple[int, ...]
+    ranks: Mapping[str, int]
     shared: bool = False
 
 
 CASES = {
-    "own": Case("rank 4, every adapter its own initial A", (4,) * len(DOMAINS)),
-    "unequal": Case("ranks 2, 2, 4, 4, 8, 8, every adapter its own initial A", RANKS),
-    "shared": Case("rank 4, one initial A for all", (4,) * len(DOMAINS), shared=True),
+    "own": Case("rank 4, every adapter its own initial A", dict.fromkeys(DOMAINS, 4)),
+    "unequal": Case(
+        "ranks 2, 2, 4, 4, 8, 8, every adapter its own initial A",
+        dict(zip(DOMAINS, RANKS, strict=True)),
+    ),
+    "shared": Case("rank 4, one initial A for all", dict.fromkeys(DOMAINS, 4), shared=True),
+    # inverted pictures are so far from the others that their adapter undoes what these learn
+    "five": Case(
+        "as own, without the domain invert",
+        {domain: 4 for domain in DOMAINS if domain != "invert"},
+    ),
 }
 
 
@@ -89,7 +97,7 @@ class Bench:
         place = DOMAINS.index(domain)
         return self.loaded.data.test[place * TEST : (place + 1) * TEST]
 
-    def accuracies(self) -> dict[str, float]:
+    def accuracies(self, domains: Iterable[str] = DOMAINS) -> dict[str, float]:
         """Accuracy on the test pictures of every domain, of the model as it stands."""
         return {
             domain: evaluate(
@@ -99,13 +107,13 @@ class Bench:
                 pad_id=self.loaded.processor.pad_id,
                 batch_size=TEST,
             )["accuracy"]
-            for domain in DOMAINS
+            for domain in domains
         }
 
     def adapters(self, folder: Path, case: Case) -> list[Source]:
-        """The adapters of a case in the order of DOMAINS; those missing in `folder` are trained."""
+        """The adapters of a case, by domain; those missing in `folder` are trained."""
         found = []
-        for domain, rank in zip(DOMAINS, case.ranks, strict=True):
+        for domain, rank in case.ranks.items():
             start = "shared" if case.shared else "own"
             place = folder / f"seed{self.seed}" / f"{domain}-{start}-{rank}"
             if not (place / "adapter_config.json").is_file():

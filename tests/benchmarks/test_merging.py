@@ -48,7 +48,7 @@ def dense(source):
 
 def test_adapters_have_their_ranks_and_starts(adapters):
     for name, case in CASES.items():
-        assert [source.spec.rank for source in adapters[name]] == list(case.ranks)
+        assert [source.spec.rank for source in adapters[name]] == list(case.ranks.values())
         assert {layer.scale for source in adapters[name] for layer in source.spec.layers} == {2.0}
         assert all(float(dense(source).norm()) > 0 for source in adapters[name])
     # a step of Adam at 5e-3 moves no entry further; rows of different draws lie far apart
@@ -122,7 +122,7 @@ def test_a_factor_multiplies_the_change(bench, adapters):
         assert one["accuracy"] == pytest.approx(other["accuracy"], abs=2 / 397)
         assert one["distance"] == pytest.approx(other["distance"], abs=1e-6)
         assert one["rank"] == 24
-    found = references(bench, adapters["own"])
+    found = references(bench, CASES["own"], adapters["own"])
     assert list(found["singles"]) == list(DOMAINS)
     assert best(scaled, TUNED_BASELINE) in [line["variant"] for line in scaled]
 
@@ -155,7 +155,13 @@ def toy():
         ]
         own = {a: {b: 0.9 if a == b else 0.3 for b in DOMAINS} for a in DOMAINS}
         base = dict.fromkeys(DOMAINS, 0.4)
-        entries[str(seed)] = {"lines": lines, "singles": own, "base": base, "cosine": 0.1}
+        entries[str(seed)] = {
+            "lines": lines,
+            "singles": own,
+            "base": base,
+            "cosine": 0.1,
+            "commit": "abc",
+        }
     return entries
 
 
@@ -170,8 +176,8 @@ def test_differences_are_paired_by_seed():
 
 def test_the_page_and_its_picture(tmp_path):
     path = tmp_path / "merging.json"
-    found = {"scored": dict.fromkeys(CASES, toy()), "machine": {"threads": 1}}
-    path.write_text(json.dumps({**found, "steps": 1, "rate": 0.1, "commit": "abc"}))
+    found = {"seeds": dict.fromkeys(CASES, toy()), "machine": {"threads": 1}}
+    path.write_text(json.dumps({**found, "steps": 1, "rate": 0.1}))
     text = write(path)
     assert path.with_suffix(".md").read_text() == text
     assert "| flexlora |  | 51.7 | 3.1 | +2.0 | -0.5 to +4.5 |" in text
