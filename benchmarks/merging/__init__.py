@@ -1,0 +1,1 @@
+"""One-shot merging of adapters that were trained apart: which method when."""
