@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in (FIRST_TUNING_SEED, *options.seeds):
         run_seed(found, options.work, options.adapters, seed)
         options.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(_rounded(found), indent=1) + "\n").encode())
+        write_atomic(path, (json.dumps(_rounded(found)) + "\n").encode())
     print(write(path))
 
 

@@ -24,6 +24,8 @@ from fedlora.report.theme import CATEGORIES, INK, MUTED, themed, to_png
 
 TUNED_BASELINE = "task-arithmetic, tuned"
 BASE = "base model"
+EXACT = (BASELINE, "flora", "fedex-lora")
+"""Three divisions of the mean into slots, which the picture need not show."""
 COMPARED = (
     ("lora-lego paper", BASELINE),
     ("lora-lego mass", BASELINE),
@@ -137,8 +139,8 @@ def singles(entries: Entries) -> str:
 @themed
 def picture(scored: Mapping[str, Entries]) -> Figure:
     """Paired differences to the mean of the changes with their intervals, a panel per case."""
-    labels = [contender.label for contender in CONTENDERS if contender.label != BASELINE]
-    figure = Figure(figsize=(12.5, 1.5 + 0.27 * len(labels)), layout="constrained")
+    labels = [contender.label for contender in CONTENDERS if contender.label not in EXACT]
+    figure = Figure(figsize=(11.5, 1.5 + 0.27 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(CASES), sharey=True, sharex=True)
     for axes, name in zip(panels, CASES, strict=True):
         entries = scored[name]
@@ -167,13 +169,19 @@ def picture(scored: Mapping[str, Entries]) -> Figure:
 
 
 def write(path: Path) -> str:
-    """Writes page and picture beside the results, and returns the page."""
+    """Writes page and picture beside the results, and returns the page.
+
+    Args:
+        path: the results, `<name>.json`; what people concluded from them is taken from
+            `<name>.findings.md`, if it is there.
+    """
     found = json.loads(path.read_text("utf-8"))
     scored: dict[str, Entries] = {
         name: {seed: e for seed, e in entries.items() if int(seed) < FIRST_TUNING_SEED}
         for name, entries in found["seeds"].items()
     }
     commits = {e["commit"] for entries in found["seeds"].values() for e in entries.values()}
+    findings = path.with_name(f"{path.stem}.findings.md")
     image = path.with_suffix(".png")
     image.write_bytes(to_png(picture(scored)))
     seeds = ", ".join(next(iter(scored.values())))
@@ -191,6 +199,7 @@ def write(path: Path) -> str:
         "Student's t over differences paired by seed, one pair at a time: of so many, about one "
         "in twenty misses its target.",
         f"![differences to the mean]({image.name})",
+        *([findings.read_text("utf-8").strip()] if findings.is_file() else []),
         "## Chosen pairs",
         claims(scored),
     ]

@@ -178,9 +178,11 @@ def test_the_page_and_its_picture(tmp_path):
     path = tmp_path / "merging.json"
     found = {"seeds": dict.fromkeys(CASES, toy()), "machine": {"threads": 1}}
     path.write_text(json.dumps({**found, "steps": 1, "rate": 0.1}))
+    path.with_name("merging.findings.md").write_text("What people say.\n")
     text = write(path)
     assert path.with_suffix(".md").read_text() == text
     assert "| flexlora |  | 51.7 | 3.1 | +2.0 | -0.5 to +4.5 |" in text
+    assert "What people say." in text
     assert path.with_suffix(".png").stat().st_size < 150_000
     assert Image.open(path.with_suffix(".png")).size[0] > 600
 
