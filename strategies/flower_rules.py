@@ -1,6 +1,7 @@
 """What is known of Flower's stock strategies: which can merge adapters, and why others cannot."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -10,24 +11,38 @@ class Rule:
     Attributes:
         mean: it works on the mean of the replies alone.
         kept: attributes that live from round to round: arrays by name, or in order of name.
+        waives: as of a strategy, with the class's own defaults.
     """
 
     mean: bool = False
     kept: tuple[str, ...] = ()
+    waives: Mapping[str, str] = field(default_factory=dict)
 
+
+_STEP = {
+    "alone": "the server's step is not the clients' mean change",
+    "heads": "heads take the server's step, as every tensor",
+    "same": "the server's step is not the clients' mean change",
+}
+_MOMENTUM = {**_STEP, "still": "momentum goes on when clients stand still"}
+_ALIKE = {
+    "heads": "heads are merged by the same rule as every tensor",
+    "split": "the rule counts clients, not their weights",
+    "zero-weight": "the rule counts clients, not their weights",
+}
 
 RULES = {
-    "Bulyan": Rule(),
-    "FedAdagrad": Rule(True, ("m_t", "v_t")),
-    "FedAdam": Rule(True, ("m_t", "v_t")),
+    "Bulyan": Rule(waives={**_ALIKE, "alone": "of fewer than 4 f + 3 replies nothing is merged"}),
+    "FedAdagrad": Rule(True, ("m_t", "v_t"), _STEP),
+    "FedAdam": Rule(True, ("m_t", "v_t"), _MOMENTUM),
     "FedAvg": Rule(True),
     "FedAvgM": Rule(True, ("momentum_vector",)),
-    "FedMedian": Rule(),
+    "FedMedian": Rule(waives=_ALIKE),
     "FedProx": Rule(True),
-    "FedTrimmedAvg": Rule(),
-    "FedYogi": Rule(True, ("m_t", "v_t")),
-    "Krum": Rule(),
-    "MultiKrum": Rule(),
+    "FedTrimmedAvg": Rule(waives=_ALIKE),
+    "FedYogi": Rule(True, ("m_t", "v_t"), _MOMENTUM),
+    "Krum": Rule(waives=_ALIKE),
+    "MultiKrum": Rule(waives=_ALIKE),
 }
 
 _NOISE = (

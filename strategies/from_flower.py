@@ -188,6 +188,7 @@ def flower_strategy(name: str) -> type[Strategy]:
         "flower": found,
         "rule": rule,
         "linear": rule.mean,
+        "waives": rule.waives,
         "privacy": frozenset({"record", "client"} if rule.mean else {"record"}),
         "options": {k: p.default for k, p in parameters.items() if k not in NOT_HERE},
     }

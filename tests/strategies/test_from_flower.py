@@ -18,6 +18,7 @@ from fedlora.adapters.base import LayerSpec
 from fedlora.errors import ConfigError
 from fedlora.messages import ClientUpdate, RoundPlan
 from fedlora.strategies.base import ClientInfo, Conditions
+from fedlora.strategies.conformance import LAWS, federations, findings
 from fedlora.strategies.flower_rules import REFUSED, RULES
 from fedlora.strategies.plugin import find_strategy
 from fedlora.wire import decode_own, encode_tensors
@@ -294,3 +295,12 @@ def test_a_run_in_pieces_equals_a_run_in_one_bit_for_bit(make_job, tmp_path, nam
     assert whole.adapters() == pieces.adapters()
     assert len(set(whole.adapters())) == 3
     assert whole.file(3) == pieces.file(3)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_waives_the_laws_of_counting_that_it_breaks_and_no_other(name):
+    laws = [law for law in LAWS if law.waivable or law.name == "waivers"]
+    [made] = federations(find_strategy(f"flwr:{name}"), {"lora": METHODS["lora"]})
+    found = list(findings(made, laws))
+    assert {f.law.name: f.found for f in found if f.verdict == "broken"} == {}
+    assert {f.law.name for f in found if f.verdict == "waived"} == RULES[name].waives.keys()
