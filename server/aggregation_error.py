@@ -54,7 +54,8 @@ def aggregation_error(
         fold: layer -> the change of the base (d, rho), (rho, k) that all clients stood on.
     """
     error = ideal = 0.0
-    owner = METHODS[applied.spec.method]
+    # folds are expanded into a LoRA, whatever the clients train
+    owner = method if applied.spec.method == method.name else METHODS[applied.spec.method]
     for index, layer in enumerate(applied.spec.layers):
         factors = {f: applied.tensors[f"{layer.name}.{f}"] for f in owner.factor_shapes(layer)}
         merged = owner.lowrank(layer, factors, basis)

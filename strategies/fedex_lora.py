@@ -113,8 +113,11 @@ class FedExLora(Strategy):
         """E as a stack (d, R), (R, k); of rank 0 when it is nothing but rounding."""
         zero, other = (f"{layer.name}.{factor}" for factor in bilinear(self.traits))
         mean_b, mean_a = sums[zero] / weight, sums[other] / weight
-        if any(update.products is not None for update in updates):
-            # a wrapper has put other products in place of those of the factors
+        padded = len(updates) * layer.rank
+        own = sum(update.delta.spec.layer(layer.name).rank for update in updates) + layer.rank
+        if padded > own or any(update.products is not None for update in updates):
+            # of unequal ranks the padded stack is the wider one; and a wrapper may have put
+            # other products in place of those of the factors
             mean = self.stacks(state, updates)[layer.name]
             return difference(mean, (layer.scale * mean_b, mean_a))
         # centred, for the difference of two large products would lose digits

@@ -185,7 +185,7 @@ OTHERS = {
         "plan",
         lambda good, *args: replace(good, rank=1),
     ),
-    "the plan trains factor 'C'": (
+    "the plan for client ann trains factor 'C'": (
         "plan",
         lambda good, *args: replace(good, factors=("C",)),
     ),

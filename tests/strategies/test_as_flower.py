@@ -185,7 +185,10 @@ def test_fedit_is_the_plain_mean_of_what_came_back(clients):
         torch.testing.assert_close(found.double(), mean, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("given", ["fedit", FedIT, FedIT(METHODS["lora"])], ids=["name", "class", "instance"])
+GIVEN = {"name": "fedit", "class": FedIT, "instance": FedIT(METHODS["lora"])}
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN.keys())
 def test_a_strategy_is_given_by_name_class_or_instance(given, clients):
     kept, _, _ = start(as_flower(given), clients, 1)
     assert same(kept[1], start(as_flower("fedit", rank=2, alpha=9.0), clients, 1)[0][1])
