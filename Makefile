@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-long lint types contracts clean
+.PHONY: quickstart test test-long lint types contracts protos protos-check clean
 
 # Bytecode is left to the first import (what is not imported is not compiled), but the tests
 # start many processes and get it all at once.
@@ -36,5 +36,26 @@ types: $(VENV)/dev
 contracts: $(VENV)/dev
 	$(BIN)/lint-imports
 
+# The generator has an environment of its own: it needs an older protobuf than flwr does.
+PROTOC := .protoc/bin/python -m grpc_tools.protoc -Ifedlora/protos=protos
+PROTOS := exchange worker consortium
+
+.protoc/ready:
+	$(PYTHON) -m venv .protoc
+	.protoc/bin/pip install --quiet 'grpcio-tools==1.70.0' 'setuptools<81'
+	touch $@
+
+protos: .protoc/ready
+	for name in $(PROTOS); do $(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. \
+		fedlora/protos/$$name.proto || exit 1; done
+
+# what is committed is what the .proto files give
+protos-check: .protoc/ready
+	rm -rf .protoc/out && mkdir .protoc/out
+	for name in $(PROTOS); do $(PROTOC) --python_out=.protoc/out --pyi_out=.protoc/out \
+		--grpc_python_out=.protoc/out fedlora/protos/$$name.proto || exit 1; done
+	for file in .protoc/out/fedlora/protos/*; do \
+		diff -u protos/$$(basename $$file) $$file || exit 1; done
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .protoc $(VENV) build *.egg-info

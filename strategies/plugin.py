@@ -137,13 +137,9 @@ def find_strategy(name: str) -> type[Strategy]:
 
 
 def _from_flower(name: str) -> type[Strategy]:
-    try:
-        from fedlora.strategies.from_flower import flower_strategy
-    except ImportError as e:
-        raise ConfigError(
-            f'federation.strategy = "{name}" needs Flower ({e}); install it with: '
-            "pip install 'fedlora[flower]'"
-        ) from e
+    # importing Flower takes a second, which no other strategy needs
+    from fedlora.strategies.from_flower import flower_strategy
+
     return flower_strategy(name)
 
 
