@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fedlora.checkpoint import RunStore
-from fedlora.simulation.federation import machine
+from fedlora.server.machine import machine
 from tests.faults.crash import ROUNDS, NaiveStore, create, drive, run_trial
 
 

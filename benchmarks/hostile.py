@@ -37,9 +37,11 @@ from PIL import Image
 from torch import Tensor
 
 from fedlora.config.job import Job
+from fedlora.models.loaded import Loaded, load
 from fedlora.models.loading import quiet
 from fedlora.seeds import derive_seed, generator
-from fedlora.simulation.federation import Federation, Loaded, load, machine
+from fedlora.server.machine import machine
+from fedlora.simulation.federation import Federation
 
 PRETRAIN, TEST = 600, 400
 PRETRAIN_STEPS = 800

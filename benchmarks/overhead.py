@@ -363,7 +363,7 @@ def _cores() -> int:
 
 
 def _machine(threads: int) -> dict[str, Any]:
-    from fedlora.simulation.federation import machine
+    from fedlora.server.machine import machine
 
     peers = {name: version(name) for name in ("flwr", "ray") if find_spec(name)}
     return {**machine(threads), "cores": _cores(), **peers}

@@ -29,7 +29,7 @@ from fedlora.adapter import AdapterSpec, AdapterState, LayerSpec
 from fedlora.adapters import METHODS
 from fedlora.adapters.lora import kaiming_uniform
 from fedlora.messages import ClientUpdate, Start
-from fedlora.simulation.federation import machine
+from fedlora.server.machine import machine
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import ClientInfo
 

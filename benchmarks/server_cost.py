@@ -25,8 +25,8 @@ from fedlora.adapter import AdapterSpec, AdapterState, LayerSpec, trained_shapes
 from fedlora.adapters import METHODS
 from fedlora.messages import ClientUpdate, RoundPlan
 from fedlora.seeds import generator
+from fedlora.server.machine import machine
 from fedlora.server.spool import Spool
-from fedlora.simulation.federation import machine
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import ClientInfo, StrategyState
 from fedlora.wire import encode_tensors

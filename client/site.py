@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ from fedlora.adapters.slots import pack
 from fedlora.client.receiving import Fetch, receive
 from fedlora.client.slot_choice import choose_slots, slot_freeze
 from fedlora.client.state import ClientState
-from fedlora.config.job import TrainingSection
+from fedlora.config.job import Job, TrainingSection
 from fedlora.data.federated import ClientData
 from fedlora.errors import AdapterError
 from fedlora.messages import HEADS, ClientUpdate, RoundPlan, Start
+from fedlora.models.loaded import Loaded
 from fedlora.training.terms import Correction, ProductProximal, Proximal, TailPenalty, Term
 from fedlora.training.trainer import LocalResult, LocalWork, train
 from fedlora.wire import decode_broadcast
@@ -240,3 +242,25 @@ def _group(memory: Tensors, name: str) -> dict[str, Tensor]:
     """The tensors of one group of what the client remembers."""
     prefix = f"{name}."
     return {k.removeprefix(prefix): v for k, v in memory.items() if k.startswith(prefix)}
+
+
+def site_for(job: Job, loaded: Loaded, name: str, data: ClientData, folder: Path) -> Site:
+    """The client `name` of a job.
+
+    Args:
+        loaded: the job's model; may be shared with other clients of this process.
+        data: the client's examples.
+        folder: where it keeps what it needs from round to round; named after the client.
+    """
+    return Site(
+        name,
+        loaded.adapted,
+        loaded.initial.spec,
+        data,
+        job.training,
+        task=job.model.task,
+        pad_id=loaded.processor.pad_id,
+        seed=job.run.seed,
+        rounds=job.federation.rounds,
+        state=ClientState(folder),
+    )

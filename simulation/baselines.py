@@ -13,9 +13,11 @@ from fedlora.checkpoint import RunStore
 from fedlora.config.job import Job, ScenarioSection
 from fedlora.data.federated import ClientData
 from fedlora.data.unusable import Unusable
+from fedlora.models.loaded import Loaded
+from fedlora.server.metrics import MetricsLog
+from fedlora.server.run import Emit
 from fedlora.server.run_parts import Event
-from fedlora.simulation.federation import Emit, Federation, Loaded
-from fedlora.simulation.metrics import MetricsLog
+from fedlora.simulation.federation import Federation
 
 Scores = Mapping[str, float]
 

@@ -10,9 +10,12 @@ from typing import Any, Literal
 
 from fedlora.config.job import Job
 from fedlora.errors import ConfigError, RunFolderError
+from fedlora.models.loaded import Loaded, load
 from fedlora.report.comparison import FORMAT, parse_comparison, skew_text
 from fedlora.report.comparison_csv import summary_rows
 from fedlora.report.headline import headline
+from fedlora.server.machine import machine
+from fedlora.server.run import Emit
 from fedlora.simulation.contenders import (
     Contender,
     check_skews,
@@ -20,7 +23,7 @@ from fedlora.simulation.contenders import (
     placed,
     run_name,
 )
-from fedlora.simulation.federation import Emit, Federation, Loaded, load, machine
+from fedlora.simulation.federation import Federation
 from fedlora.simulation.measured import baseline_run, check_folder, strategy_run
 from fedlora.storage import write_atomic
 from fedlora.wire import encode_json

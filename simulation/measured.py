@@ -8,10 +8,12 @@ from fedlora.checkpoint import RunStore
 from fedlora.config.job import Job
 from fedlora.config.load import load_job
 from fedlora.errors import QuorumFailed, RunFolderError, StrategyError
+from fedlora.models.loaded import Loaded
+from fedlora.server.metrics import MetricsLog
+from fedlora.server.run import Emit
 from fedlora.server.run_parts import Event
 from fedlora.simulation.baselines import run_centralised, run_local
-from fedlora.simulation.federation import Emit, Federation, Loaded
-from fedlora.simulation.metrics import MetricsLog
+from fedlora.simulation.federation import Federation
 
 Scores = Mapping[str, float]
 Figures = dict[str, Any]

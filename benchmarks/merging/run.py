@@ -30,7 +30,7 @@ from benchmarks.vision.run import commit
 from benchmarks.vision.settings import FIRST_TUNING_SEED
 from fedlora.linalg import Pair
 from fedlora.merging.sources import Source
-from fedlora.simulation.federation import machine
+from fedlora.server.machine import machine
 from fedlora.storage import write_atomic
 
 Line = dict[str, Any]

@@ -20,8 +20,8 @@ from fedlora.data.example import Example
 from fedlora.evaluate import evaluate
 from fedlora.linalg import Pair
 from fedlora.merging.sources import Source, read_source
+from fedlora.models.loaded import Loaded, load
 from fedlora.seeds import derive_seed
-from fedlora.simulation.federation import Loaded, load
 from fedlora.training.trainer import LocalWork, train
 
 STEPS = 150

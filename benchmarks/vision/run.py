@@ -24,8 +24,9 @@ from benchmarks.vision.prepare import DOMAINS, TEST, prepare
 from benchmarks.vision.settings import FIRST_TUNING_SEED, GRID, SETTINGS, Arm, Setting, make_job
 from fedlora.config.job import Job
 from fedlora.errors import RunFailed
+from fedlora.models.loaded import Loaded, load
 from fedlora.server.run_parts import Event
-from fedlora.simulation.federation import Federation, Loaded, load
+from fedlora.simulation.federation import Federation
 
 ROOT = Path(__file__).parents[2]
 Line = dict[str, Any]

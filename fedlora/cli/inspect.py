@@ -34,7 +34,7 @@ def run_inspect(path: Path, *, as_json: bool) -> None:
 def _run(path: Path) -> dict[str, Any]:
     from fedlora.checkpoint import RunStore
     from fedlora.config.load import load_job
-    from fedlora.simulation.results import is_finished
+    from fedlora.server.results import is_finished
 
     job = load_job(path / "job.toml")
     store = RunStore.open(path, job.digest(), locked=False)

@@ -15,8 +15,10 @@ from fedlora.cli.live import LiveView
 from fedlora.config.job import Job
 from fedlora.config.load import load_job
 from fedlora.errors import EXIT_INTERRUPTED, ConfigError
-from fedlora.simulation.federation import Federation, load
-from fedlora.simulation.results import finish, is_finished
+from fedlora.models.loaded import load
+from fedlora.server.results import is_finished
+from fedlora.simulation.federation import Federation
+from fedlora.simulation.results import finish
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.plugin import make_strategy
 

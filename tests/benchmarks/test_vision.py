@@ -18,7 +18,7 @@ from benchmarks.vision.prepare import DOMAINS, prepare, split, transform
 from benchmarks.vision.run import Results, area, best_rate, campaign
 from benchmarks.vision.settings import SETTINGS, Arm, Setting, make_job
 from benchmarks.vision.tabulate import Row, differences, estimate, main, scored, tables
-from fedlora.simulation.federation import load
+from fedlora.models.loaded import load
 
 
 @pytest.fixture(scope="module")

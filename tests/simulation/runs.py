@@ -3,7 +3,8 @@
 import json
 
 from fedlora.checkpoint import RunStore
-from fedlora.simulation.federation import Federation, load
+from fedlora.models.loaded import load
+from fedlora.simulation.federation import Federation
 
 _LOADED = {}
 

@@ -8,8 +8,9 @@ import torch
 from fedlora.adapter import trained_shapes
 from fedlora.adapters import METHODS
 from fedlora.errors import RunFolderError, StorageError
+from fedlora.models.loaded import load
 from fedlora.server.admission import expected_size
-from fedlora.simulation.federation import Federation, load
+from fedlora.simulation.federation import Federation
 from fedlora.wire import decode_broadcast
 from tests.simulation.runs import Run, loaded_for
 

@@ -6,7 +6,7 @@ from fedlora.adapters.files import load_adapter
 from fedlora.checkpoint import RunStore
 from fedlora.errors import AdapterError, ConfigError
 from fedlora.models.assemble import find_adapter
-from fedlora.simulation.federation import load
+from fedlora.models.loaded import load
 from fedlora.simulation.results import finish
 from tests.simulation.runs import Run
 

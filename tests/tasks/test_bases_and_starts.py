@@ -6,8 +6,8 @@ import transformers
 
 from fedlora.config.job import ModelSection
 from fedlora.errors import ConfigError
+from fedlora.models.loaded import load
 from fedlora.models.loading import load_base
-from fedlora.simulation.federation import load
 from tests.tasks.test_tasks import job, run
 
 torch.set_num_threads(1)

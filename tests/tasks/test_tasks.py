@@ -11,8 +11,9 @@ from fedlora.adapters import METHODS
 from fedlora.config.load import parse_job
 from fedlora.models.assemble import assemble
 from fedlora.models.export import export_merged, export_to_peft
-from fedlora.simulation.federation import Federation, load
-from fedlora.simulation.metrics import MetricsLog
+from fedlora.models.loaded import load
+from fedlora.server.metrics import MetricsLog
+from fedlora.simulation.federation import Federation
 from fedlora.simulation.results import finish
 
 torch.set_num_threads(1)

@@ -1,0 +1,262 @@
+"""Run: the server's side of one job, from the loaded model to committed rounds."""
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora.adapter import AdapterSpec, AdapterState, trained_shapes
+from fedlora.adapters import METHODS
+from fedlora.checkpoint import Committed, RunStore
+from fedlora.config.job import Job
+from fedlora.config.load import dump_job
+from fedlora.data.example import Example
+from fedlora.errors import RunFolderError
+from fedlora.evaluate import evaluate, exact_match
+from fedlora.models.loaded import Loaded
+from fedlora.server.admission import Limits
+from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.link import AsyncLink, Link
+from fedlora.server.machine import machine
+from fedlora.server.metrics import MetricsLog
+from fedlora.server.rounds import resume_state, run_rounds
+from fedlora.server.run_parts import Evaluate, Event, RoundSettings, RunParts
+from fedlora.strategies.base import Conditions, Strategy, StrategyState
+from fedlora.strategies.plugin import begin, check_strategy, make_strategy
+from fedlora.wire import encode_json
+
+Emit = Callable[[Event], None]
+Scores = dict[str, float]
+
+
+class Run:
+    """One run, whatever carries its bytes.
+
+    Args:
+        job: the run's job.
+        loaded: model and data of the server.
+        emit: receives every event, besides metrics.jsonl.
+    """
+
+    def __init__(self, job: Job, loaded: Loaded, emit: Emit | None = None) -> None:
+        self.job = job
+        self.loaded = loaded
+        self.emit = emit or (lambda event: None)
+        self.spec: AdapterSpec = loaded.initial.spec
+        self.method = METHODS[self.spec.method]
+        self.strategy: Strategy = make_strategy(job.federation, self.method)
+        derived = self.method.basis_provenance == "derived"
+        # what must be sent, for others cannot make it themselves
+        self.sent_basis = loaded.adapted.basis if derived else {}
+
+    def check(self, ranks: Sequence[int]) -> None:
+        """Refuses what the strategy cannot do with clients of these ranks.
+
+        Raises:
+            ConfigError: with what does not go together.
+        """
+        job = self.job
+        check_strategy(
+            self.strategy,
+            Conditions(
+                self.spec,
+                list(ranks),
+                clients_per_round=job.federation.clients_per_round,
+                optimizer=job.training.optimizer,
+                optimizer_state=job.training.optimizer_state,
+                momentum=job.training.momentum,
+                asynchronous=job.federation.mode == "async",
+            ),
+        )
+
+    def create(self, folder: Path, facts: Mapping[str, Any], run_id: str | None = None) -> RunStore:
+        """Creates the run folder with round 0 and reports the start.
+
+        Args:
+            folder: must not exist, or be empty.
+            facts: further fields of the start event.
+            run_id: lineage id; by default a random one.
+
+        Raises:
+            RunFolderError: the folder is not empty.
+            StorageError: the disk refused.
+        """
+        job, loaded = self.job, self.loaded
+        num_trained = sum(
+            int(torch.Size(shape).numel())
+            for shape in trained_shapes(self.spec, self.method).values()
+        )
+        start: Event = {
+            "event": "start",
+            "round": 0,
+            "name": job.run.name,
+            "strategy": job.federation.strategy,
+            "method": self.spec.method,
+            "rounds": job.federation.rounds,
+            "num_trained": num_trained,
+            "num_test": len(loaded.data.test),
+            "personal": self.strategy.personal,
+            "eval": self.base_scores(),
+            "labels": list(loaded.data.labels),
+            "machine": machine(job.run.threads),
+            **facts,
+        }
+        record = {
+            "run": run_id or secrets.token_hex(8),
+            "spec_digest": self.spec.digest(),
+            "extra": {},
+            "events": [start],
+        }
+        state = begin(self.strategy, loaded.initial)
+        files = {"spec.json": encode_json(self.spec.to_json())}
+        store = RunStore.create(folder, dump_job(job), job.digest(), state.tensors, record, files)
+        metrics_log(store).append(start)
+        self.emit(start)
+        return store
+
+    def go(
+        self,
+        store: RunStore,
+        link: Link,
+        *,
+        evaluate: Evaluate | None,
+        asynchronous: AsyncLink | None = None,
+        until: int | None = None,
+    ) -> StrategyState:
+        """Runs from the last committed round to `until` (by default the end).
+
+        Args:
+            store: the run's folder.
+            link: the clients.
+            evaluate: measures a state; None where there is nothing to measure on.
+            asynchronous: the clients again, for federation.mode = "async".
+
+        Raises:
+            RunFailed: the run stopped early; see `run_rounds`.
+            RunFolderError: the folder belongs to another base model or adapter.
+        """
+        committed = store.load()
+        genesis = store.record(0) or committed.record
+        if genesis.get("spec_digest", self.spec.digest()) != self.spec.digest():
+            raise RunFolderError(
+                f"{store.folder} was started with another base model or adapter than this "
+                "machine makes from its job; restore the base model it was started with"
+            )
+        log = metrics_log(store)
+        log.reconcile(store, committed.round)
+        if store.fallback:
+            self.emit({"event": "fallback", "why": store.fallback})
+
+        def emit(event: Event) -> None:
+            log.append(event)
+            self.emit(event)
+
+        if committed.round:
+            emit({"event": "resume", "round": committed.round})
+        parts = RunParts(
+            run=str(committed.record["run"]),
+            store=store,
+            link=link,
+            strategy=self.strategy,
+            method=self.method,
+            basis=self.loaded.adapted.basis,
+            sent_basis=self.sent_basis,
+            settings=self._settings(),
+            evaluate=evaluate,
+            emit=emit,
+        )
+        initial = begin(self.strategy, self.loaded.initial)
+        state = resume_state(committed, initial)
+        if self.job.federation.mode == "sync":
+            return run_rounds(parts, state, until)
+        assert asynchronous is not None, "an asynchronous run needs a link that can wait"
+        return self._buffered(parts, asynchronous, initial).go(state, committed, until)
+
+    def scores(self, examples: list[Example]) -> Scores:
+        """Figures of the model as it stands; none without examples."""
+        job, loaded = self.job, self.loaded
+        if not examples:
+            return {}
+        found = evaluate(
+            loaded.base.model,
+            examples,
+            task=job.model.task,
+            pad_id=loaded.processor.pad_id,
+            batch_size=job.evaluation.batch_size,
+        )
+        if job.evaluation.exact_match:
+            matched = exact_match(
+                loaded.base.model,
+                loaded.processor.tokenizer,
+                examples,
+                pad_id=loaded.processor.pad_id,
+                max_new_tokens=job.evaluation.max_new_tokens,
+            )
+            if matched is not None:
+                found["exact_match"] = matched
+        # of a diverged model, figures that JSON cannot carry are left out
+        return {key: value for key, value in found.items() if math.isfinite(value)}
+
+    def base_scores(self) -> Scores:
+        """Figures of the base model alone on the server's test data."""
+        self.hold(self.loaded.initial)
+        with self.loaded.adapted.base_only():
+            return self.scores(self.loaded.data.test)
+
+    def hold(self, adapter: AdapterState) -> None:
+        """Puts a global adapter into the model."""
+        self.loaded.adapted.rerank(adapter.spec)
+        self.loaded.adapted.fold(())
+        self.loaded.adapted.load(adapter.tensors)
+
+    def _settings(self) -> RoundSettings:
+        job, federation = self.job, self.job.federation
+        return RoundSettings(
+            seed=job.run.seed,
+            rounds=federation.rounds,
+            clients_per_round=federation.clients_per_round,
+            quorum=federation.quorum,
+            deadline_s=federation.deadline_s,
+            retries=federation.retries,
+            local_steps=job.training.local_steps,
+            optimizer_state=job.training.optimizer_state,
+            evaluate_every=job.evaluation.every,
+            # clients at work need the versions they started from, also after a crash
+            keep_rounds=max(
+                job.run.keep_rounds,
+                federation.max_staleness + 2 if federation.mode == "async" else 0,
+            ),
+            keep_every=job.run.keep_every,
+            limits=Limits(
+                federation.max_update_norm,
+                federation.max_examples,
+                federation.weighting == "uniform",
+            ),
+        )
+
+    def _buffered(self, parts: RunParts, link: AsyncLink, initial: StrategyState) -> BufferedRounds:
+        federation, store = self.job.federation, parts.store
+
+        def load_version(version: int) -> StrategyState:
+            committed: Committed = store.load_round(version)
+            return resume_state(committed, initial)
+
+        return BufferedRounds(
+            parts,
+            link,
+            BufferSettings(
+                federation.buffer,
+                federation.clients_per_round,
+                federation.max_staleness,
+                federation.server_rate,
+            ),
+            load_version,
+        )
+
+
+def metrics_log(store: RunStore) -> MetricsLog:
+    """The log of a run's events."""
+    return MetricsLog(store.folder / "metrics.jsonl")
