@@ -7,6 +7,8 @@
     ├── AdapterError         adapter file or spec that does not fit               exit 2
     ├── TrainingError        one client cannot train; its update is missing        exit 2
     ├── RunFolderError       run folder corrupt, locked or of another job         exit 2
+    ├── JoinRefused          a server that will not have this client as it is     exit 2
+    ├── JoinDelayed          a server that is not there yet; tried again
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -56,6 +58,16 @@ class TrainingError(FedloraError):
 
 class RunFolderError(FedloraError):
     """A run folder that cannot be created, read, locked or resumed."""
+
+
+class JoinRefused(FedloraError):
+    """A server will not have this client as it is; trying again would not help."""
+
+
+class JoinDelayed(FedloraError):
+    """A server is not there, or not ready; trying again may help."""
+
+    exit_code = EXIT_FAILED
 
 
 class RunFailed(FedloraError):

@@ -105,7 +105,8 @@ class Handout:
                 slots=plan.slots,
                 factors=plan.sent,
             )
-            tasks.append(Task(client.name, encode_broadcast(broadcast)))
+            most = self.expected[client.name].size_bytes
+            tasks.append(Task(client.name, encode_broadcast(broadcast), most))
         return tasks, parts
 
     def _plan(self, client: ClientInfo) -> RoundPlan:

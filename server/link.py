@@ -9,10 +9,17 @@ from fedlora.strategies.base import ClientInfo
 
 @dataclass(frozen=True)
 class Task:
-    """Work for one client: a broadcast manifest; its parts are on offer by digest."""
+    """Work for one client.
+
+    Attributes:
+        client: its name.
+        manifest: of the broadcast; its parts are on offer by digest.
+        max_bytes: the most bytes its reply's payload may have.
+    """
 
     client: str
     manifest: bytes
+    max_bytes: int
 
 
 @dataclass(frozen=True)

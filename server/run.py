@@ -124,6 +124,7 @@ class Run:
         *,
         evaluate: Evaluate | None,
         asynchronous: AsyncLink | None = None,
+        quorum: int | None = None,
         until: int | None = None,
     ) -> StrategyState:
         """Runs from the last committed round to `until` (by default the end).
@@ -133,6 +134,7 @@ class Run:
             link: the clients.
             evaluate: measures a state; None where there is nothing to measure on.
             asynchronous: the clients again, for federation.mode = "async".
+            quorum: fewest updates of a round; by default what the job says.
 
         Raises:
             RunFailed: the run stopped early; see `run_rounds`.
@@ -164,7 +166,7 @@ class Run:
             method=self.method,
             basis=self.loaded.adapted.basis,
             sent_basis=self.sent_basis,
-            settings=self._settings(),
+            settings=self._settings(quorum),
             evaluate=evaluate,
             emit=emit,
         )
@@ -212,13 +214,13 @@ class Run:
         self.loaded.adapted.fold(())
         self.loaded.adapted.load(adapter.tensors)
 
-    def _settings(self) -> RoundSettings:
+    def _settings(self, quorum: int | None) -> RoundSettings:
         job, federation = self.job, self.job.federation
         return RoundSettings(
             seed=job.run.seed,
             rounds=federation.rounds,
             clients_per_round=federation.clients_per_round,
-            quorum=federation.quorum,
+            quorum=quorum or federation.quorum,
             deadline_s=federation.deadline_s,
             retries=federation.retries,
             local_steps=job.training.local_steps,

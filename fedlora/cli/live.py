@@ -89,6 +89,12 @@ class LiveView:
             self._say(f"continuing after round {event['round']}")
         elif kind == "fallback":
             self._say(f"warning: {event['why']}", keep=True)
+        elif kind == "waiting":
+            here = ", ".join(event["clients"]) or "nobody"
+            self._note = f"waiting for {event['wanted']} clients; here: {here}"
+            self._say(self._note)
+        elif kind in ("refused", "not-ready"):
+            self._say(f"node {event['node']} takes no part: {event['why']}", keep=True)
 
     def working(self, client: str) -> None:
         """A client begins its part of a round."""

@@ -43,6 +43,11 @@ Override = Annotated[
 Client = Annotated[
     str | None, typer.Option(help="Whose adapter, when every client has one of its own.")
 ]
+Certs = Annotated[
+    Path | None, typer.Option(help="Folder with ca.crt, and this party's certificate and key.")
+]
+Insecure = Annotated[bool, typer.Option(help="Plain text: for trials on one machine.")]
+Server = Annotated[str, typer.Option(help="HOST:PORT of the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -80,13 +85,124 @@ def resume(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
     json: AsJson = False,
 ) -> None:
-    """Continue a run from its last committed round.
+    """Continue a run from its last committed round, here or on its server.
 
     Example: fedlora resume runs/first
     """
+    if (folder / "remote.json").is_file():
+        from fedlora.cli.run import resume_remote
+
+        resume_remote(folder, as_json=json)
+        return
     from fedlora.cli.simulate import run_resume
 
     run_resume(folder, as_json=json)
+
+
+@app.command()
+def server(
+    home: Annotated[Path, typer.Option(help="Folder that outlives the processes.")],
+    host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port that clients and operators are given.")] = 8443,
+    flower_port: Annotated[int, typer.Option(help="Port of Flower's SuperLink.")] = 8000,
+    certs: Certs = None,
+    insecure: Insecure = False,
+    ca: Annotated[
+        Path | None, typer.Option(help="The consortium's CA folder: for what it revoked.")
+    ] = None,
+    enrol: Annotated[
+        Path | None,
+        typer.Option(help="Sign every client's request in this folder unseen (needs --ca)."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device of the server's evaluations.")] = "cpu",
+    allow_plugins: Annotated[
+        bool, typer.Option(help="Jobs may bring a strategy's file: code that runs here.")
+    ] = False,
+) -> None:
+    """Run the server of a consortium until it is told to stop.
+
+    Example: fedlora server --home /var/lib/fedlora --host 0.0.0.0 --certs certs/server
+    """
+    from fedlora.cli.server import run_server, tls_files
+    from fedlora.server.supervisor import ServerOptions
+
+    tls = tls_files(certs, "server", insecure=insecure)
+    run_server(
+        ServerOptions(home, host, port, flower_port, tls, ca, enrol, device, allow_plugins)
+    )
+
+
+@app.command()
+def client(
+    server: Server,
+    name: Annotated[str, typer.Option(help="The client's name.")],
+    home: Annotated[Path, typer.Option(help="Folder that outlives the processes.")],
+    data: Annotated[str | None, typer.Option(help="This site's own data.")] = None,
+    partition: Annotated[
+        int | None, typer.Option(min=0, help="Which part of the job's own data, from 0.")
+    ] = None,
+    certs: Certs = None,
+    insecure: Insecure = False,
+    policy: Annotated[Path | None, typer.Option(help="What this site permits.")] = None,
+    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    rank: Annotated[int, typer.Option(min=0, help="Largest rank it can train; 0 for any.")] = 0,
+) -> None:
+    """Take part in a consortium until told to stop.
+
+    Example: fedlora client --server fl.example.org:8443 --name site-0 --data rows.jsonl
+    --home /var/lib/fedlora --certs certs/site-0
+    """
+    from fedlora.cli.client import run_client
+    from fedlora.cli.server import tls_files
+    from fedlora.client.supervisor import ClientOptions
+
+    tls = tls_files(certs, "client", insecure=insecure)
+    run_client(ClientOptions(server, name, home, partition, data, tls, policy, device, rank))
+
+
+@app.command(name="run")
+def run_job(
+    job: Annotated[Path | None, typer.Argument(help="Job file; without it the default.")] = None,
+    server: Server = "127.0.0.1:8443",
+    out: Annotated[Path | None, typer.Option(help="Run folder; must not exist.")] = None,
+    certs: Certs = None,
+    insecure: Insecure = False,
+    detach: Annotated[bool, typer.Option(help="Print the run's id, and do not follow it.")] = False,
+    override: Override = None,
+    json: AsJson = False,
+) -> None:
+    """Start a run on a server, follow it, and fetch what it leaves.
+
+    Example: fedlora run job.toml --server fl.example.org:8443 --certs certs/operator --out first
+    """
+    from fedlora.cli.run import run_run
+    from fedlora.cli.server import tls_files
+
+    tls = tls_files(certs, "operator", insecure=insecure)
+    run_run(job, server, certs, tls, out, override or [], detach=detach, as_json=json)
+
+
+@app.command()
+def watch(
+    what: Annotated[str, typer.Argument(help="A run's folder, or HOST:PORT of a server.")],
+    run: Annotated[str, typer.Option(help="Which run of the server; by default the newest.")] = "",
+    certs: Certs = None,
+    insecure: Insecure = False,
+    json: AsJson = False,
+) -> None:
+    """Follow a run as it goes.
+
+    Example: fedlora watch runs/first
+    """
+    from fedlora.cli.watch import watch_folder, watch_server
+
+    if ":" in what and not Path(what).exists():
+        from fedlora.cli.server import tls_files
+
+        tls = tls_files(certs, "operator", insecure=insecure)
+        watch_server(what, tls, run, as_json=json)
+    else:
+        watch_folder(Path(what), as_json=json)
 
 
 @app.command()

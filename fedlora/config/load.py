@@ -61,6 +61,19 @@ def parse_job(
     return job
 
 
+def parse_job_text(text: str) -> Job:
+    """The job in TOML text, as a peer sends it.
+
+    Raises:
+        ConfigError: no TOML, or all problems of the job together.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"the job is not valid TOML: {e}") from e
+    return parse_job(tree)
+
+
 def dump_job(job: Job) -> str:
     """The resolved job as TOML; `load_job` of it gives an equal job."""
     return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True), multiline_strings=False)

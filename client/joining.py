@@ -1,0 +1,117 @@
+"""Joining: a client presents itself to the server, and learns where Flower listens."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedlora import __version__
+from fedlora.clock import check_clock
+from fedlora.errors import ConfigError, JoinDelayed, JoinRefused
+from fedlora.protos import consortium_pb2 as pb
+from fedlora.protos.consortium_pb2_grpc import ConsortiumStub
+from fedlora.storage import write_atomic
+from fedlora.tls import TlsFiles, diagnose
+
+CALL_S = 20.0
+
+# the server will answer otherwise later, without anybody changing anything
+PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Where the server's SuperLink listens, on the host that was called."""
+
+    flower_port: int
+
+
+def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joined:
+    """Calls the server once.
+
+    Args:
+        server: HOST:PORT of its exchange.
+        name: of this client.
+        tls: this client's certificate; None for plain text.
+        public_key: of this client's SuperNode (PEM).
+
+    Raises:
+        ConfigError: not of the form HOST:PORT.
+        JoinDelayed: the server is not there, or not ready.
+        JoinRefused: it will not have this client as it is; says why and what to do.
+    """
+    host, port = split_address(server)
+    with channel(server, tls) as opened:
+        request = pb.JoinRequest(
+            version=__version__, name=name, public_key=public_key, clock_s=time.time()
+        )
+        try:
+            reply = ConsortiumStub(opened).Join(request, timeout=CALL_S)
+        except grpc.RpcError as e:
+            if e.code() not in PASSING:
+                raise JoinRefused(f"server {server} refuses this client: {e.details()}") from e
+            if why := diagnose(host, port, tls):
+                raise JoinRefused(why) from e
+            raise JoinDelayed(f"server {server} does not answer: {e.details()}") from e
+    if reply.version != __version__:
+        raise JoinRefused(
+            f"server {server} runs fedlora {reply.version!r}, this client {__version__!r}; "
+            "install the same version on both"
+        )
+    check_clock(time.time(), reply.clock_s)
+    return Joined(reply.flower_port)
+
+
+def channel(server: str, tls: TlsFiles | None) -> grpc.Channel:
+    """A channel to HOST:PORT; plain text only where no certificates are given."""
+    if tls is None:
+        return grpc.insecure_channel(server)
+    ca, key, certificate = tls.pem()
+    return grpc.secure_channel(server, grpc.ssl_channel_credentials(ca, key, certificate))
+
+
+def split_address(server: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    host, colon, port = server.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--server {server!r}: expected HOST:PORT, e.g. fl.example.org:8443")
+    return host.strip("[]"), int(port)
+
+
+def node_key(path: Path) -> tuple[Path, bytes]:
+    """The key of this client's SuperNode, made when it is first needed; never leaves the site.
+
+    Args:
+        path: of the private key, in the OpenSSH format that Flower reads.
+
+    Returns:
+        `path`, and the public key (PEM).
+
+    Raises:
+        ConfigError: the file holds no such key.
+        StorageError: the disk refused.
+    """
+    if not path.is_file():
+        fresh = ec.generate_private_key(ec.SECP384R1())
+        text = fresh.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+        write_atomic(path, text)
+        path.chmod(0o600)
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except ValueError as e:
+        raise ConfigError(f"{path} is no private key ({e}); remove it to have a new one made") from e
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return path, public

@@ -1,0 +1,191 @@
+"""A deployed run: from its job to its end, in the ServerApp's process."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedlora.adapter import AdapterState
+from fedlora.checkpoint import RunStore
+from fedlora.config.job import Job, ScenarioSection
+from fedlora.config.load import dump_job, load_job
+from fedlora.data.federated import load_federated
+from fedlora.data.own import CLIENTS, held_out_only
+from fedlora.errors import EXIT_FAILED, ConfigError, FedloraError, QuorumFailed
+from fedlora.models.loaded import load
+from fedlora.server.blob_store import BlobStore
+from fedlora.server.flower_link import FlowerLink
+from fedlora.server.home import Home, Outcome, Place
+from fedlora.server.mail import Mail
+from fedlora.server.metrics import MetricsLog
+from fedlora.server.nodes import Nodes
+from fedlora.server.offers import Offers
+from fedlora.server.results import close, is_finished, save
+from fedlora.server.run import Emit, Run
+from fedlora.server.run_parts import Event
+from fedlora.server.settings import ServerSettings
+from fedlora.server.soundness import global_adapter
+from fedlora.strategies.base import StrategyState
+from fedlora.tickets import ticket_key
+
+
+def check_deployable(job: Job) -> None:
+    """Refuses what only a simulation can do.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    problems = []
+    if job.scenario != ScenarioSection():
+        problems.append(
+            "[scenario] invents what real clients do; remove it, or use: fedlora simulate"
+        )
+    if job.evaluation.baselines:
+        problems.append(
+            "evaluation.baselines needs the data of all clients in one place; set it to [], or "
+            "use: fedlora simulate"
+        )
+    if job.federation.mode == "async":
+        problems.append(
+            'federation.mode = "async" runs in a simulation only so far; set it to "sync"'
+        )
+    if not job.federation.clients_per_round and not job.partition.clients:
+        problems.append(
+            "partition.clients = 0: a deployed run must know for how many clients it waits; set "
+            "it, or federation.clients_per_round"
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def work_on(home: Home, run: str, grid: Grid) -> None:
+    """Starts or continues a run of a server's folder, and keeps how it ended.
+
+    Raises:
+        FedloraError: the run failed; its outcome is kept.
+        RunFolderError: another process works on it.
+    """
+    place = home.place(run)
+    with place.working():
+        journal = MetricsLog(place.events)
+        try:
+            settings = ServerSettings.read(home)
+            store = BlobStore(home.exchange)
+            offers = Offers(store, ticket_key(home.ticket_key), run, settings.exchange)
+            job = load_job(place.job)
+            deploy(job, grid, place.folder, offers, journal.append, run, settings.device, journal)
+        except FedloraError as e:
+            journal.append({"event": "failed", "exit_code": e.exit_code, "why": str(e)})
+            place.end(Outcome("failed", e.exit_code, str(e)))
+            raise
+        except Exception as e:
+            why = f"{type(e).__name__}: {e}"
+            journal.append({"event": "failed", "exit_code": EXIT_FAILED, "why": why})
+            place.end(Outcome("failed", EXIT_FAILED, why))
+            raise
+        place.end(Outcome("finished", 0))
+        store.remove_run(run)
+
+
+def deploy(
+    job: Job,
+    grid: Grid,
+    folder: Path,
+    offers: Offers | None,
+    emit: Emit,
+    run_id: str | None,
+    device: str,
+    journal: MetricsLog | None = None,
+) -> None:
+    """Runs a job with the clients behind a Grid, from its last committed round to the end.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        offers: the exchange; None when bytes ride in Flower's messages.
+        emit: receives every event.
+        run_id: lineage id of a new run.
+        device: the server's own, for evaluation.
+        journal: of events, brought in line with what was committed before a crash.
+
+    Raises:
+        FedloraError: the run failed; what was committed stands.
+    """
+    check_deployable(job)
+    if (folder / "HEAD").is_file() and is_finished(folder):
+        return
+    here = job.model_copy(update={"run": job.run.model_copy(update={"device": device})})
+    loaded = load(here, held_out_only if job.data.source == CLIENTS else load_federated)
+    run = Run(job, loaded, emit)
+    mail = Mail(grid)
+    nodes = Nodes(mail, run.spec.rank, emit)
+    wanted, enough = _wanted(job)
+    link = FlowerLink(
+        dump_job(job),
+        mail,
+        nodes,
+        offers,
+        enough=enough,
+        patience_s=job.federation.deadline_s,
+        emit=emit,
+    )
+    clients = link.gather(wanted)
+    if len(clients) < enough:
+        refused = "".join(f"; node {n}: {why}" for n, why in sorted(nodes.refusals().items()))
+        raise QuorumFailed(
+            f"{len(clients)} of {wanted} clients joined within federation.deadline_s = "
+            f"{job.federation.deadline_s:g} s; the quorum is {enough}{refused}. Start clients "
+            "with: fedlora client, then continue with: fedlora resume"
+        )
+    run.check([client.rank for client in clients])
+    if (folder / "HEAD").is_file():
+        store = RunStore.open(folder, job.digest())
+    else:
+        facts = {"clients": {c.name: {"rank": c.rank} for c in clients}, "unusable": {"counts": {}}}
+        store = run.create(folder, facts, run_id)
+    try:
+        if journal is not None:
+            journal.reconcile(store, store.load().round)
+        state = run.go(store, link, evaluate=_evaluation(run), quorum=enough)
+        _finish(run, store, state, len(clients))
+        emit({"event": "end", "round": state.round})
+    finally:
+        store.close()
+
+
+def _wanted(job: Job) -> tuple[int, int]:
+    """Clients to wait for at the start, and the quorum."""
+    federation = job.federation
+    wanted = job.partition.clients or federation.clients_per_round or 1
+    chosen = min(federation.clients_per_round or wanted, wanted)
+    return wanted, federation.quorum or max(1, math.ceil(2 * chosen / 3))
+
+
+def _evaluation(
+    run: Run,
+) -> Callable[[StrategyState, AdapterState], Mapping[str, float]] | None:
+    # where every client has a part of its own, the server has no model to measure
+    return None if run.strategy.personal or not run.loaded.data.test else partial(_scores, run)
+
+
+def _scores(run: Run, state: StrategyState, adapter: AdapterState) -> Mapping[str, float]:
+    run.hold(adapter)
+    return run.scores(run.loaded.data.test)
+
+
+def _finish(run: Run, store: RunStore, state: StrategyState, num_clients: int) -> None:
+    started = time.perf_counter()
+    adapter = global_adapter(run.strategy, state)
+    save(run, adapter, store.folder / "adapter", num_clients)
+    evaluate = _evaluation(run)
+    summary: dict[str, Any] = {
+        "task": run.job.model.task,
+        "base": run.base_scores(),
+        "global": dict(evaluate(state, adapter)) if evaluate else {},
+        "clients": {},
+        "baselines": {},
+    }
+    close(store.folder, state.round, summary, time.perf_counter() - started)
