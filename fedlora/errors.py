@@ -9,6 +9,9 @@
     ├── RunFolderError       run folder corrupt, locked or of another job         exit 2
     ├── JoinRefused          a server that will not have this client as it is     exit 2
     ├── JoinDelayed          a server that is not there yet; tried again
+    ├── TicketError          ticket of a transfer: forged, expired, malformed      exit 2
+    ├── TransferError        bytes that could not be moved, after the retries      exit 3
+    ├── UploadRefused        one upload that the server does not take              exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -68,6 +71,35 @@ class JoinDelayed(FedloraError):
     """A server is not there, or not ready; trying again may help."""
 
     exit_code = EXIT_FAILED
+
+
+class TicketError(FedloraError):
+    """A ticket that the exchange does not honour."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"ticket {problem}")
+
+
+class TransferError(FedloraError):
+    """Bytes that could not be fetched or sent, after all retries."""
+
+    exit_code = EXIT_FAILED
+
+
+class UploadRefused(FedloraError):
+    """One upload that the server does not take.
+
+    Args:
+        code: "busy" (another one is under way), "taken" (the client's reply is another one),
+            "closed" (the round is over),
+            "offset" (the server stands elsewhere), "size" (more or fewer bytes than announced),
+            "digest" (other bytes than announced).
+        detail: what was found and what was expected.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"upload refused ({code}): {detail}")
+        self.code = code
 
 
 class RunFailed(FedloraError):

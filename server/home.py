@@ -95,7 +95,7 @@ class Place:
         self.run = path.name
         self.job = path / "job.toml"
         self.plugin = path / "plugin.py"
-        self.events = path / "events.jsonl"
+        self.events = path / "metrics.jsonl"
         self.folder = path / "folder"
         self._outcome = path / "outcome.json"
         self._lock = path / "lock"
