@@ -1,5 +1,6 @@
 """Joining: a client presents itself to the server, and learns where Flower listens."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from fedlora.clock import check_clock
 from fedlora.errors import ConfigError, JoinDelayed, JoinRefused
 from fedlora.protos import consortium_pb2 as pb
 from fedlora.protos.consortium_pb2_grpc import ConsortiumStub
-from fedlora.storage import write_atomic
+from fedlora.storage import storage_errors
 from fedlora.tls import TlsFiles, diagnose
 
 CALL_S = 20.0
@@ -85,33 +86,32 @@ def split_address(server: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def node_key(path: Path) -> tuple[Path, bytes]:
-    """The key of this client's SuperNode, made when it is first needed; never leaves the site.
+def new_node_key(path: Path) -> bytes:
+    """A fresh key for this client's SuperNode, in the OpenSSH format that Flower reads.
+
+    Flower registers a key once and for all, and a node that was killed cannot come back under
+    its registration for a minute; so every start of a SuperNode joins with a key of its own.
 
     Args:
-        path: of the private key, in the OpenSSH format that Flower reads.
+        path: of the private key, which never leaves the site.
 
     Returns:
-        `path`, and the public key (PEM).
+        the public key (PEM).
 
     Raises:
-        ConfigError: the file holds no such key.
         StorageError: the disk refused.
     """
-    if not path.is_file():
-        fresh = ec.generate_private_key(ec.SECP384R1())
-        text = fresh.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.OpenSSH,
-            serialization.NoEncryption(),
-        )
-        write_atomic(path, text)
-        path.chmod(0o600)
-    try:
-        key = serialization.load_ssh_private_key(path.read_bytes(), None)
-    except ValueError as e:
-        raise ConfigError(f"{path} is no private key ({e}); remove it to have a new one made") from e
-    public = key.public_key().public_bytes(
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    path.unlink(missing_ok=True)
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(private)
+    return key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    return path, public

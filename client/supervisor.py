@@ -1,16 +1,18 @@
 """`fedlora client`: the SuperNode and the resident worker of one client, kept alive."""
 
 import fcntl
+import hashlib
 import logging
 import os
+import socket
 import sys
+import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.client.joining import Joined, join, node_key
-from fedlora.errors import ConfigError, JoinDelayed
+from fedlora.client.joining import Joined, join, new_node_key
+from fedlora.errors import JoinDelayed
 from fedlora.processes import Child
 from fedlora.storage import storage_errors
 from fedlora.tls import TlsFiles
@@ -29,14 +31,46 @@ QUIET = {
 
 
 @dataclass(frozen=True)
+class Seat:
+    """One client of this machine: its name, and its folder, which it alone uses.
+
+    Attributes:
+        home: folder that outlives the processes.
+        partition: place of its data in the division that the job makes; None if it has its own
+            data, or if the division names it.
+        lock: descriptor that holds the folder.
+    """
+
+    home: Path
+    name: str
+    partition: int | None
+    lock: int
+
+    @classmethod
+    def take(cls, home: Path, name: str, partition: int | None) -> "Seat | None":
+        """The seat, or None when another process has it.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with storage_errors(home):
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(home / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return None
+        return cls(home.absolute(), name, partition, descriptor)
+
+
+@dataclass(frozen=True)
 class ClientOptions:
     """What `fedlora client` was asked for.
 
     Attributes:
         server: HOST:PORT of the server's exchange.
-        name: the client's name.
-        home: folder that outlives the processes.
-        partition: place of its data in the division that the job makes; None with `data`.
+        seat: who this client is.
         data: its own data.
         tls: the client's certificate; None for plain text.
         policy: file of what this site permits.
@@ -46,9 +80,7 @@ class ClientOptions:
     """
 
     server: str
-    name: str
-    home: Path
-    partition: int | None
+    seat: Seat
     data: str | None
     tls: TlsFiles | None
     policy: Path | None = None
@@ -67,7 +99,7 @@ class ClientSupervisor:
     def __init__(self, options: ClientOptions) -> None:
         self.options = options
         self.stopped = threading.Event()
-        self.home = options.home.absolute()
+        self.home = options.seat.home
         # a unix socket's path has at most 107 bytes, a home may be deep
         self.socket = _socket_path(self.home)
         self.worker = self._worker()
@@ -77,12 +109,9 @@ class ClientSupervisor:
         """Joins, starts everything and tends it until `stop` is called.
 
         Raises:
-            ConfigError: the folder is in use, or the server refuses this client for good.
+            JoinRefused: the server refuses this client for good.
             StorageError: the disk refused.
         """
-        with storage_errors(self.home):
-            self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = _lock(self.home)
         try:
             self.worker.start()
             joined = self._join()
@@ -102,7 +131,7 @@ class ClientSupervisor:
             if self.node is not None:
                 self.node.stop()
             self.worker.stop()
-            os.close(lock)
+            os.close(self.options.seat.lock)
 
     def stop(self) -> None:
         """Ends `run`; may be called from a signal handler."""
@@ -115,8 +144,8 @@ class ClientSupervisor:
             self.worker.tend()
             try:
                 options = self.options
-                _, public_key = node_key(self.home / "node.key")
-                joined = join(options.server, options.name, options.tls, public_key)
+                public_key = new_node_key(self.home / "node.key")
+                joined = join(options.server, options.seat.name, options.tls, public_key)
             except JoinDelayed as e:
                 if str(e) != said:
                     log.warning("%s; trying again", e)
@@ -124,18 +153,18 @@ class ClientSupervisor:
                 self.stopped.wait(wait)
                 wait = min(2 * wait, LONGEST_WAIT_S)
             else:
-                log.info("joined %s as %s", self.options.server, self.options.name)
+                log.info("joined %s as %s", options.server, options.seat.name)
                 return joined
         return None
 
     def _worker(self) -> Child:
         options = self.options
         command = [sys.executable, "-m", "fedlora.client.worker_process"]
-        command += ["--socket", str(self.socket), "--name", options.name]
+        command += ["--socket", str(self.socket), "--name", options.seat.name]
         command += ["--state", str(self.home / "state"), "--device", options.device]
         command += ["--idle-s", str(options.idle_s)]
-        if options.partition is not None:
-            command += ["--partition", str(options.partition)]
+        if options.seat.partition is not None:
+            command += ["--partition", str(options.seat.partition)]
         if options.data is not None:
             command += ["--data", options.data]
         if options.policy is not None:
@@ -150,7 +179,7 @@ class ClientSupervisor:
         host = options.server.rpartition(":")[0]
         command = [str(Path(sys.executable).with_name("flower-supernode"))]
         command += ["--superlink", f"{host}:{joined.flower_port}", "--port", str(_free_port())]
-        config = {"name": options.name, "worker-socket": str(self.socket), "server-host": host}
+        config = {"name": options.seat.name, "worker-socket": str(self.socket), "server-host": host}
         pairs = [f'{key}="{value}"' for key, value in config.items()]
         command += ["--node-config", " ".join([*pairs, f"rank={options.rank}"])]
         if options.tls is None:
@@ -165,31 +194,13 @@ def _socket_path(home: Path) -> Path:
     path = home / "worker.sock"
     if len(os.fsencode(path)) <= 100:
         return path
-    import hashlib
-    import tempfile
-
     digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}-{digest}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder / "worker.sock"
 
 
-def _lock(home: Path) -> int:
-    with storage_errors(home):
-        descriptor = os.open(home / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        os.close(descriptor)
-        raise ConfigError(
-            f"--home {home} is in use by another client; give each client a folder of its own"
-        ) from e
-    return descriptor
-
-
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         port: int = trial.getsockname()[1]

@@ -164,6 +164,7 @@ class Consortium(ConsortiumServicer):
             raise ConfigError(f"the server has no run {run}")
         outcome = place.outcome()
         if outcome is not None and outcome.state != "finished":
+            MetricsLog(place.events).reopen()
             place.reopen()
         return run
 

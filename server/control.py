@@ -62,21 +62,18 @@ class FlowerControl:
             raise _refused("stop a run", e) from e
 
     def register(self, name: str, public_key: bytes) -> None:
-        """Lets the SuperNode with this key in, anew.
-
-        A SuperNode that was killed counts as on line for another minute, and could not come
-        back under the same registration until then.
+        """Lets the SuperNode with this key in, in the place of the client's former one.
 
         Args:
             name: of the client.
-            public_key: PEM or OpenSSH text of a NIST curve's public key.
+            public_key: PEM of a NIST curve's public key that was never registered before.
 
         Raises:
             RunFailed: the SuperLink is away or refuses.
         """
         try:
             for node in self._client.ListNodes(ListNodesRequest()).nodes_info:
-                if node.name == name or node.public_key == public_key:
+                if node.name == name:
                     self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
             self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
         except httpx.HTTPError as e:

@@ -39,6 +39,17 @@ class MetricsLog:
                 events.append(event)
         return events
 
+    def reopen(self) -> None:
+        """Takes back that the run has ended early, for it is continued.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        events = self.read()
+        kept = [event for event in events if event.get("event") != "failed"]
+        if kept != events:
+            write_atomic(self.path, _lines(kept))
+
     def reconcile(self, store: RunStore, head: int) -> None:
         """Drops what was not committed, adds what was committed but not written."""
         kept = [e for e in self.read() if e.get("round", 0) <= head and e.get("event") != "end"]
@@ -48,7 +59,11 @@ class MetricsLog:
             if number not in rounds and record is not None:
                 kept = [e for e in kept if e.get("round") != number] + record["events"]
         kept.sort(key=lambda event: int(event.get("round", 0)))
-        text = "".join(json.dumps(event, sort_keys=True) + "\n" for event in kept).encode()
+        text = _lines(kept)
         # bytes, not events: a half line at the end would swallow the next one
         if not self.path.is_file() or text != self.path.read_bytes():
             write_atomic(self.path, text)
+
+
+def _lines(events: list[Event]) -> bytes:
+    return "".join(json.dumps(event, sort_keys=True) + "\n" for event in events).encode()

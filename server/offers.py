@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from fedlora.messages import Broadcast
 from fedlora.server.blob_store import BlobStore
@@ -68,16 +69,16 @@ class Offers:
         found = self.store.received(self.run, *self._at)
         for client in sorted(found.keys() & set(clients)):
             receipt = found[client]
-            payload = self.store.payload(self.run, receipt)
+            payload = self.store.payload(self.run, *self._at, receipt)
             yield client, ReceivedBytes(receipt.manifest, payload, receipt.bytes_down)
 
     def tickets(self, task: Task, broadcast: Broadcast, node: int, left_s: float) -> dict[str, str]:
         """What a client needs to fetch its parts and to send its update."""
         number, attempt = self._at
-        down = sum(self._sizes[digest] for digest in set(broadcast.parts.values()))
+        largest = max((self._sizes[digest] for digest in broadcast.parts.values()), default=0)
         expires = time.time() + left_s + GRACE_S
 
-        def ticket(direction: str, most: int) -> str:
+        def ticket(direction: Literal["up", "down"], most: int) -> str:
             return mint(
                 self.key,
                 Ticket(
@@ -85,7 +86,7 @@ class Offers:
                     round=number,
                     attempt=attempt,
                     client=task.client,
-                    node=str(node),
+                    node=node,
                     direction=direction,
                     max_bytes=most,
                     expires_s=expires,
@@ -94,7 +95,6 @@ class Offers:
 
         return {
             "exchange": self.address,
-            # broken transfers are begun again
-            "download_ticket": ticket("down", 4 * down),
+            "download_ticket": ticket("down", largest),
             "upload_ticket": ticket("up", task.max_bytes),
         }

@@ -106,4 +106,4 @@ def _is_end(line: str) -> bool:
         event = json.loads(line)
     except ValueError:
         return False
-    return isinstance(event, dict) and event.get("event") == "end"
+    return isinstance(event, dict) and event.get("event") in ("end", "failed")

@@ -1,8 +1,51 @@
 """`fedlora client`."""
 
 import signal
+from pathlib import Path
 
-from fedlora.client.supervisor import ClientOptions, ClientSupervisor
+from fedlora.client.supervisor import ClientOptions, ClientSupervisor, Seat
+from fedlora.errors import ConfigError
+
+# `--partition auto` looks no further for a free place
+MOST_PARTITIONS = 100_000
+
+
+def take_seat(home: Path, name: str | None, partition: str | None, data: str | None) -> Seat:
+    """Who this client is, and the lock on its folder.
+
+    Args:
+        home: folder of this client; with `partition` "auto", of all clients of this machine.
+        name: as given; by default it follows from the partition as in a simulation.
+        partition: a place from 0, "auto", or None.
+        data: this site's own data, or None.
+
+    Raises:
+        ConfigError: the options do not go together, or the folder is in use.
+    """
+    if data is not None and partition is not None:
+        raise ConfigError("--data and --partition were both given; leave one out")
+    if partition == "auto":
+        if name is not None:
+            raise ConfigError("--partition auto chooses the name; leave --name out")
+        for place in range(MOST_PARTITIONS):
+            own = f"client-{place:03d}"
+            seat = Seat.take(home / own, own, place)
+            if seat is not None:
+                return seat
+        raise ConfigError(f"all {MOST_PARTITIONS} folders below --home {home} are in use")
+    if partition is not None and not partition.isdecimal():
+        raise ConfigError(f"--partition {partition!r}: expected a number from 0, or auto")
+    place_given = None if partition is None else int(partition)
+    if name is None:
+        if place_given is None:
+            raise ConfigError("give --name NAME, or --partition")
+        name = f"client-{place_given:03d}"
+    seat = Seat.take(home, name, place_given)
+    if seat is None:
+        raise ConfigError(
+            f"--home {home} is in use by another client; give each client a folder of its own"
+        )
+    return seat
 
 
 def run_client(options: ClientOptions) -> None:

@@ -135,11 +135,17 @@ def server(
 @app.command()
 def client(
     server: Server,
-    name: Annotated[str, typer.Option(help="The client's name.")],
     home: Annotated[Path, typer.Option(help="Folder that outlives the processes.")],
+    name: Annotated[
+        str | None, typer.Option(help="The client's name; with --partition K, client-00K.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="This site's own data.")] = None,
     partition: Annotated[
-        int | None, typer.Option(min=0, help="Which part of the job's own data, from 0.")
+        str | None,
+        typer.Option(
+            help="Which part of the job's own data, from 0; auto: the first that no other client "
+            "of this machine has, each in a folder of its own below --home."
+        ),
     ] = None,
     certs: Certs = None,
     insecure: Insecure = False,
@@ -152,12 +158,13 @@ def client(
     Example: fedlora client --server fl.example.org:8443 --name site-0 --data rows.jsonl
     --home /var/lib/fedlora --certs certs/site-0
     """
-    from fedlora.cli.client import run_client
+    from fedlora.cli.client import run_client, take_seat
     from fedlora.cli.server import tls_files
     from fedlora.client.supervisor import ClientOptions
 
+    seat = take_seat(home, name, partition, data)
     tls = tls_files(certs, "client", insecure=insecure)
-    run_client(ClientOptions(server, name, home, partition, data, tls, policy, device, rank))
+    run_client(ClientOptions(server, seat, data, tls, policy, device, rank))
 
 
 @app.command(name="run")
