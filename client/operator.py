@@ -17,7 +17,8 @@ from fedlora.protos import exchange_pb2 as exchange
 from fedlora.protos.consortium_pb2_grpc import ConsortiumStub
 from fedlora.protos.exchange_pb2_grpc import DeltaExchangeStub
 from fedlora.storage import storage_errors
-from fedlora.tls import TlsFiles, diagnose
+from fedlora.tls import TlsFiles
+from fedlora.diagnosis import diagnose
 
 CALL_S = 20.0
 # a server that is restarted is back before that
@@ -33,13 +34,17 @@ class Operator:
         server: HOST:PORT of its exchange.
         tls: the operator's certificate; None for plain text.
         wait: waits for so many seconds.
+
+    Raises:
+        ConfigError: `server` is not of the form HOST:PORT.
+        CertificateError: the certificate cannot be used.
     """
 
     def __init__(
         self, server: str, tls: TlsFiles | None, wait: Callable[[float], None] = time.sleep
     ) -> None:
         self.server = server
-        self.tls = tls
+        self.credentials = tls.load("operator") if tls else None
         self.wait = wait
         self.host, self.port = split_address(server)
 
@@ -81,7 +86,7 @@ class Operator:
         seen, away_since = 0, 0.0
         while True:
             try:
-                with channel(self.server, self.tls) as opened:
+                with channel(self.server, self.credentials) as opened:
                     request = exchange.WatchRequest(run=run, skip=seen)
                     for item in DeltaExchangeStub(opened).Watch(request):
                         seen, away_since = int(item.number) + 1, 0.0
@@ -119,7 +124,7 @@ class Operator:
 
     @contextmanager
     def _stub(self) -> Iterator[ConsortiumStub]:
-        with channel(self.server, self.tls) as opened:
+        with channel(self.server, self.credentials) as opened:
             try:
                 yield ConsortiumStub(opened)
             except grpc.RpcError as e:
@@ -128,6 +133,6 @@ class Operator:
     def _error(self, error: grpc.RpcError) -> Exception:
         code = error.code()
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            why = diagnose(self.host, self.port, self.tls)
+            why = diagnose(self.host, self.port, self.credentials)
             return RunFailed(why or f"server {self.server} does not answer: {error.details()}")
         return ConfigError(f"server {self.server}: {error.details()}")

@@ -149,6 +149,10 @@ def client(
     ] = None,
     certs: Certs = None,
     insecure: Insecure = False,
+    enrol: Annotated[
+        Path | None,
+        typer.Option(help="Ask for a certificate by this shared folder, where the server looks."),
+    ] = None,
     policy: Annotated[Path | None, typer.Option(help="What this site permits.")] = None,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     rank: Annotated[int, typer.Option(min=0, help="Largest rank it can train; 0 for any.")] = 0,
@@ -158,12 +162,11 @@ def client(
     Example: fedlora client --server fl.example.org:8443 --name site-0 --data rows.jsonl
     --home /var/lib/fedlora --certs certs/site-0
     """
-    from fedlora.cli.client import run_client, take_seat
-    from fedlora.cli.server import tls_files
+    from fedlora.cli.client import client_tls, run_client, take_seat
     from fedlora.client.supervisor import ClientOptions
 
     seat = take_seat(home, name, partition, data)
-    tls = tls_files(certs, "client", insecure=insecure)
+    tls = client_tls(seat, certs, enrol, insecure=insecure)
     run_client(ClientOptions(server, seat, data, tls, policy, device, rank))
 
 
