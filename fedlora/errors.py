@@ -7,6 +7,9 @@
     ├── AdapterError         adapter file or spec that does not fit               exit 2
     ├── TrainingError        one client cannot train; its update is missing        exit 2
     ├── RunFolderError       run folder corrupt, locked or of another job         exit 2
+    ├── CertificateError     key, certificate or request missing or unusable      exit 2
+    ├── ClockError           this machine's clock and the server's are apart      exit 2
+    ├── PolicyError          the server asks for what the site does not permit    exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -56,6 +59,22 @@ class TrainingError(FedloraError):
 
 class RunFolderError(FedloraError):
     """A run folder that cannot be created, read, locked or resumed."""
+
+
+class CertificateError(FedloraError):
+    """A key, certificate, request or authority that is missing, damaged or does not fit."""
+
+
+class ClockError(FedloraError):
+    """Clocks that are too far apart to authenticate."""
+
+
+class PolicyError(FedloraError):
+    """A server asks for what the site's policy does not permit; `problems` lists it all."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class RunFailed(FedloraError):
