@@ -11,12 +11,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedlora import __version__
 from fedlora.clock import check_clock
+from fedlora.diagnosis import diagnose
 from fedlora.errors import ConfigError, JoinDelayed, JoinRefused
 from fedlora.protos import consortium_pb2 as pb
 from fedlora.protos.consortium_pb2_grpc import ConsortiumStub
 from fedlora.storage import storage_errors
 from fedlora.tls import Credentials, TlsFiles
-from fedlora.diagnosis import diagnose
 
 CALL_S = 20.0
 
@@ -58,9 +58,8 @@ def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joi
         except grpc.RpcError as e:
             if e.code() not in PASSING:
                 raise JoinRefused(f"server {server} refuses this client: {e.details()}") from e
-            if why := diagnose(host, port, credentials):
-                raise JoinRefused(why) from e
-            raise JoinDelayed(f"server {server} does not answer: {e.details()}") from e
+            found = diagnose(host, port, tls)
+            raise (JoinRefused if found.lasting else JoinDelayed)(found.text) from e
     if reply.version != __version__:
         raise JoinRefused(
             f"server {server} runs fedlora {reply.version!r}, this client {__version__!r}; "

@@ -11,6 +11,7 @@ import grpc
 
 from fedlora import __version__
 from fedlora.client.joining import channel, split_address
+from fedlora.diagnosis import diagnose
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.protos import consortium_pb2 as consortium
 from fedlora.protos import exchange_pb2 as exchange
@@ -18,7 +19,6 @@ from fedlora.protos.consortium_pb2_grpc import ConsortiumStub
 from fedlora.protos.exchange_pb2_grpc import DeltaExchangeStub
 from fedlora.storage import storage_errors
 from fedlora.tls import TlsFiles
-from fedlora.diagnosis import diagnose
 
 CALL_S = 20.0
 # a server that is restarted is back before that
@@ -44,6 +44,7 @@ class Operator:
         self, server: str, tls: TlsFiles | None, wait: Callable[[float], None] = time.sleep
     ) -> None:
         self.server = server
+        self.tls = tls
         self.credentials = tls.load("operator") if tls else None
         self.wait = wait
         self.host, self.port = split_address(server)
@@ -55,9 +56,7 @@ class Operator:
             ConfigError: the server refuses the job or the caller.
             RunFailed: the server is not there.
         """
-        request = consortium.SubmitRequest(
-            job_toml=job_toml, plugin=plugin, version=__version__
-        )
+        request = consortium.SubmitRequest(job_toml=job_toml, plugin=plugin, version=__version__)
         with self._stub() as stub:
             return str(stub.Submit(request, timeout=CALL_S).run)
 
@@ -133,6 +132,5 @@ class Operator:
     def _error(self, error: grpc.RpcError) -> Exception:
         code = error.code()
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            why = diagnose(self.host, self.port, self.credentials)
-            return RunFailed(why or f"server {self.server} does not answer: {error.details()}")
+            return RunFailed(diagnose(self.host, self.port, self.tls).text)
         return ConfigError(f"server {self.server}: {error.details()}")

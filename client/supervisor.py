@@ -122,7 +122,9 @@ class ClientSupervisor:
                     self.node.start()
                 elif not self.node.is_alive and not self.stopped.is_set():
                     # a node that died comes back as a new one, which the server must let in
-                    log.warning("the SuperNode ended; the last it printed:\n%s", self.node.last_lines())
+                    log.warning(
+                        "the SuperNode ended; the last it printed:\n%s", self.node.last_lines()
+                    )
                     self.node.stop()
                     self.node = None
                     self.stopped.wait(1.0)

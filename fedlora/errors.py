@@ -12,6 +12,9 @@
     ├── TicketError          ticket of a transfer: forged, expired, malformed      exit 2
     ├── TransferError        bytes that could not be moved, after the retries      exit 3
     ├── UploadRefused        one upload that the server does not take              exit 2
+    ├── CertificateError     key, certificate or request missing or unusable      exit 2
+    ├── ClockError           this machine's clock and the server's are apart      exit 2
+    ├── PolicyError          the server asks for what the site does not permit    exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -100,6 +103,22 @@ class UploadRefused(FedloraError):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(f"upload refused ({code}): {detail}")
         self.code = code
+
+
+class CertificateError(FedloraError):
+    """A key, certificate, request or authority that is missing, damaged or does not fit."""
+
+
+class ClockError(FedloraError):
+    """Clocks that are too far apart to authenticate."""
+
+
+class PolicyError(FedloraError):
+    """A server asks for what the site's policy does not permit; `problems` lists it all."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class RunFailed(FedloraError):

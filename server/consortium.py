@@ -78,9 +78,7 @@ class Consortium(ConsortiumServicer):
                 self.register(name, request.public_key)
             except FedloraError as e:
                 self._abort(context, grpc.StatusCode.UNAVAILABLE, str(e))
-        return pb.JoinReply(
-            version=__version__, flower_port=self.flower_port, clock_s=time.time()
-        )
+        return pb.JoinReply(version=__version__, flower_port=self.flower_port, clock_s=time.time())
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.SubmitReply:  # noqa: N802
         """See protos/consortium.proto."""
@@ -197,9 +195,7 @@ class Consortium(ConsortiumServicer):
             )
         return str(identity.name)
 
-    def _abort(
-        self, context: grpc.ServicerContext, code: grpc.StatusCode, detail: str
-    ) -> NoReturn:
+    def _abort(self, context: grpc.ServicerContext, code: grpc.StatusCode, detail: str) -> NoReturn:
         context.abort(code, detail)
         raise AssertionError("abort raises")
 

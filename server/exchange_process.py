@@ -10,8 +10,8 @@ from pathlib import Path
 
 import grpc
 
-from fedlora.errors import FedloraError
 from fedlora.enrolment import DropBox
+from fedlora.errors import FedloraError
 from fedlora.pki.authority import Authority
 from fedlora.pki.revoked import Revoked
 from fedlora.protos.consortium_pb2_grpc import add_ConsortiumServicer_to_server

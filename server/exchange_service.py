@@ -32,7 +32,7 @@ from fedlora.server.identity import peer_identity
 from fedlora.server.receipts import DIGEST
 from fedlora.server.run_events import RunEvents
 from fedlora.server.transfers import Transfer, Transfers
-from fedlora.tickets import METADATA_KEY, Ticket, check
+from fedlora.tickets import MAX_BLOB_BYTES, METADATA_KEY, Ticket, check
 
 SERVICE = "fedlora.v1.DeltaExchange"
 CHUNK_BYTES = 1 << 20
@@ -202,7 +202,12 @@ class ExchangeService:
         context: grpc.ServicerContext,
     ) -> None:
         with self._store.begin_upload(
-            ticket, header.sha256, header.size_bytes, header.offset_bytes, header.manifest
+            ticket,
+            header.sha256,
+            header.size_bytes,
+            header.offset_bytes,
+            header.manifest,
+            min(header.bytes_down, MAX_BLOB_BYTES),
         ) as upload:
             transfer.progress()
             for message in messages:

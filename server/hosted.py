@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedlora.data.own import CLIENTS, held_out_only
 from flwr.serverapp import Grid
 
 from fedlora.adapter import AdapterState
@@ -14,19 +15,17 @@ from fedlora.checkpoint import RunStore
 from fedlora.config.job import Job, ScenarioSection
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
-from fedlora.data.own import CLIENTS, held_out_only
 from fedlora.errors import EXIT_FAILED, ConfigError, FedloraError, QuorumFailed
 from fedlora.models.loaded import load
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.flower_link import FlowerLink
-from fedlora.server.home import Home, Outcome, Place
+from fedlora.server.home import Home, Outcome
 from fedlora.server.mail import Mail
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers
 from fedlora.server.results import close, is_finished, save
 from fedlora.server.run import Emit, Run
-from fedlora.server.run_parts import Event
 from fedlora.server.settings import ServerSettings
 from fedlora.server.soundness import global_adapter
 from fedlora.strategies.base import StrategyState

@@ -84,7 +84,9 @@ class Keeper:
             watch.deaths = watch.deaths + 1 if head == watch.head else 1
             watch.head = head
             log.warning(
-                "the ServerApp of run %s is gone; starting another", place.run, extra={"run": place.run}
+                "the ServerApp of run %s is gone; starting another",
+                place.run,
+                extra={"run": place.run},
             )
             self._stop(watch)
         if watch.deaths >= MOST_DEATHS:

@@ -91,7 +91,7 @@ class Nodes:
         if reply.has_error():
             self._refuse(node, f"its ClientApp failed: {reply.error.reason}")
             return
-        fields = reply.content.config_records.get(CONFIG, {})
+        fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
         if error := text(fields, "error"):
             # its worker may come up yet: it is greeted again
             self._greeted[node] = ("", time.monotonic())

@@ -8,6 +8,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from fedlora.cli.certs import app as certs_app
 from fedlora.cli.strategy import app as strategy_app
 from fedlora.errors import EXIT_INTERRUPTED, EXIT_USAGE, FedloraError
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 
 app.add_typer(strategy_app, name="strategy")
+app.add_typer(certs_app, name="certs")
 
 Override = Annotated[
     list[str] | None,
@@ -127,9 +129,7 @@ def server(
     from fedlora.server.supervisor import ServerOptions
 
     tls = tls_files(certs, "server", insecure=insecure)
-    run_server(
-        ServerOptions(home, host, port, flower_port, tls, ca, enrol, device, allow_plugins)
-    )
+    run_server(ServerOptions(home, host, port, flower_port, tls, ca, enrol, device, allow_plugins))
 
 
 @app.command()

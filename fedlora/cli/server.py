@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from fedlora.errors import ConfigError
-from fedlora.server.supervisor import ServerOptions, ServerSupervisor
 from fedlora.pki.subject import Role
+from fedlora.server.supervisor import ServerOptions, ServerSupervisor
 from fedlora.tls import TlsFiles
 
 
