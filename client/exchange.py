@@ -105,6 +105,9 @@ class ExchangeClient:
     def send(self, ticket: str, manifest: bytes, payload: bytes | Path, bytes_down: int = 0) -> int:
         """Sends a reply, unless the server has it; returns how many of its bytes were sent.
 
+        Counted are the bytes given to gRPC, in all tries; some of a try that failed may never
+        have left this machine.
+
         Args:
             ticket: for the direction "up".
             manifest: of the update.

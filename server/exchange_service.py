@@ -187,6 +187,11 @@ class ExchangeService:
             with self._lock:
                 self._watches.discard(stop)
 
+    @property
+    def watches(self) -> int:
+        """Open watches."""
+        return len(self._watches)
+
     def end_watches(self) -> None:
         """Ends all watches; none begins while the server drains."""
         with self._lock:
