@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedlora.health import Part
+
 log = logging.getLogger(__name__)
 
 # seconds before a child that died is started again: doubled each time, up to the last
@@ -43,6 +45,7 @@ class Child:
         self.output = output
         self.environment = dict(environment or {})
         self.starts = 0
+        self.since: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._wait = FIRST_WAIT_S
@@ -58,6 +61,10 @@ class Child:
         """It runs now."""
         return self._process is not None and self._process.poll() is None
 
+    def part(self) -> Part:
+        """How it is, for a health endpoint."""
+        return Part(self.name, self.is_alive, self.starts, self.since)
+
     def start(self) -> None:
         """Starts it, with everything it will start in a process group of its own."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +79,7 @@ class Child:
                 preexec_fn=_end_with_parent,
             )
         self.starts += 1
+        self.since = time.time()
         self._started = time.monotonic()
         log.info("started %s", self.name, extra={"child": self.name, "pid": self.pid})
 

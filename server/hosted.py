@@ -16,8 +16,10 @@ from fedlora.config.job import Job, ScenarioSection
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
 from fedlora.errors import EXIT_FAILED, ConfigError, FedloraError, QuorumFailed
+from fedlora.logs import configure_from_environment, log_context
 from fedlora.models.loaded import load
 from fedlora.server.blob_store import BlobStore
+from fedlora.server.event_log import log_event
 from fedlora.server.flower_link import FlowerLink
 from fedlora.server.home import Home, Outcome
 from fedlora.server.mail import Mail
@@ -26,6 +28,7 @@ from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers
 from fedlora.server.results import close, is_finished, save
 from fedlora.server.run import Emit, Run
+from fedlora.server.run_parts import Event
 from fedlora.server.settings import ServerSettings
 from fedlora.server.soundness import global_adapter
 from fedlora.strategies.base import StrategyState
@@ -69,14 +72,20 @@ def work_on(home: Home, run: str, grid: Grid) -> None:
         RunFolderError: another process works on it.
     """
     place = home.place(run)
-    with place.working():
+    configure_from_environment()
+    with place.working(), log_context(run=run):
         journal = MetricsLog(place.events)
         try:
             settings = ServerSettings.read(home)
             store = BlobStore(home.exchange)
             offers = Offers(store, ticket_key(home.ticket_key), run, settings.exchange)
             job = load_job(place.job)
-            deploy(job, grid, place.folder, offers, journal.append, run, settings.device, journal)
+
+            def emit(event: Event) -> None:
+                journal.append(event)
+                log_event(event)
+
+            deploy(job, grid, place.folder, offers, emit, run, settings.device, journal)
         except FedloraError as e:
             journal.append({"event": "failed", "exit_code": e.exit_code, "why": str(e)})
             place.end(Outcome("failed", e.exit_code, str(e)))
@@ -86,6 +95,9 @@ def work_on(home: Home, run: str, grid: Grid) -> None:
             journal.append({"event": "failed", "exit_code": EXIT_FAILED, "why": why})
             place.end(Outcome("failed", EXIT_FAILED, why))
             raise
+        # the last commit may be older than this process
+        if not any(event["event"] == "end" for event in journal.read()):
+            emit({"event": "end", "round": job.federation.rounds})
         place.end(Outcome("finished", 0))
         store.remove_run(run)
 
@@ -150,7 +162,6 @@ def deploy(
             journal.reconcile(store, store.load().round)
         state = run.go(store, link, evaluate=_evaluation(run), quorum=enough)
         _finish(run, store, state, len(clients))
-        emit({"event": "end", "round": state.round})
     finally:
         store.close()
 

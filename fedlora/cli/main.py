@@ -49,6 +49,10 @@ Certs = Annotated[
     Path | None, typer.Option(help="Folder with ca.crt, and this party's certificate and key.")
 ]
 Insecure = Annotated[bool, typer.Option(help="Plain text: for trials on one machine.")]
+Health = Annotated[
+    str | None, typer.Option(help="HOST:PORT that answers /health, /ready and /metrics.")
+]
+LogJson = Annotated[bool, typer.Option(help="Log in JSON, a line each.")]
 Server = Annotated[str, typer.Option(help="HOST:PORT of the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -120,6 +124,8 @@ def server(
     allow_plugins: Annotated[
         bool, typer.Option(help="Jobs may bring a strategy's file: code that runs here.")
     ] = False,
+    health: Health = None,
+    log_json: LogJson = False,
 ) -> None:
     """Run the server of a consortium until it is told to stop.
 
@@ -156,6 +162,11 @@ def client(
     policy: Annotated[Path | None, typer.Option(help="What this site permits.")] = None,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     rank: Annotated[int, typer.Option(min=0, help="Largest rank it can train; 0 for any.")] = 0,
+    idle: Annotated[
+        float, typer.Option(min=1, help="Seconds without work until the model leaves memory.")
+    ] = 600.0,
+    health: Health = None,
+    log_json: LogJson = False,
 ) -> None:
     """Take part in a consortium until told to stop.
 
@@ -164,10 +175,16 @@ def client(
     """
     from fedlora.cli.client import client_tls, run_client, take_seat
     from fedlora.client.supervisor import ClientOptions
+    from fedlora.logs import configure, environment
 
+    configure(log_json)
     seat = take_seat(home, name, partition, data)
     tls = client_tls(seat, certs, enrol, insecure=insecure)
-    run_client(ClientOptions(server, seat, data, tls, policy, device, rank))
+    run_client(
+        ClientOptions(
+            server, seat, data, tls, policy, device, rank, idle, health, environment(log_json)
+        )
+    )
 
 
 @app.command(name="run")
