@@ -135,7 +135,21 @@ def server(
     from fedlora.server.supervisor import ServerOptions
 
     tls = tls_files(certs, "server", insecure=insecure)
-    run_server(ServerOptions(home, host, port, flower_port, tls, ca, enrol, device, allow_plugins))
+    run_server(
+        ServerOptions(
+            home=home,
+            host=host,
+            port=port,
+            flower_port=flower_port,
+            tls=tls,
+            ca_folder=ca,
+            enrol=enrol,
+            device=device,
+            allow_plugins=allow_plugins,
+            health=health,
+            logging=environment(log_json),
+        )
+    )
 
 
 @app.command()
