@@ -132,8 +132,10 @@ def server(
     Example: fedlora server --home /var/lib/fedlora --host 0.0.0.0 --certs certs/server
     """
     from fedlora.cli.server import run_server, tls_files
+    from fedlora.logs import configure, environment
     from fedlora.server.supervisor import ServerOptions
 
+    configure(log_json)
     tls = tls_files(certs, "server", insecure=insecure)
     run_server(
         ServerOptions(
