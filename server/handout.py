@@ -11,8 +11,9 @@ from fedlora.errors import StrategyError, UpdateRejected
 from fedlora.messages import CONTROL, Broadcast, ClientUpdate, LazyTensors, RoundPlan, Start
 from fedlora.server.admission import Expectation, admit, expected_size
 from fedlora.server.guard import Step, expect_type, strategy_errors
+from fedlora.server.journal import Event
 from fedlora.server.link import Reply, Task
-from fedlora.server.run_parts import Event, RunParts
+from fedlora.server.run_parts import RunParts
 from fedlora.server.soundness import checked_shapes, checked_start
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import ClientInfo, StrategyState

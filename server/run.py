@@ -19,11 +19,12 @@ from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
 from fedlora.server.admission import Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.journal import Event
 from fedlora.server.link import AsyncLink, Link
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.rounds import resume_state, run_rounds
-from fedlora.server.run_parts import Evaluate, Event, RoundSettings, RunParts
+from fedlora.server.run_parts import Evaluate, RoundSettings, RunParts
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
 from fedlora.strategies.plugin import begin, check_strategy, make_strategy
 from fedlora.wire import encode_json

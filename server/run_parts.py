@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fedlora.adapter import AdapterState
 from fedlora.adapters.base import Basis, Method
 from fedlora.checkpoint import RunStore
 from fedlora.messages import OptimizerState
 from fedlora.server.admission import Limits
+from fedlora.server.journal import Event
 from fedlora.server.link import Link
 from fedlora.strategies.base import Strategy, StrategyState
 
-Event = dict[str, Any]
 Evaluate = Callable[[StrategyState, AdapterState], Mapping[str, float]]
 
 
