@@ -7,7 +7,7 @@ from typing import Any
 from fedlora.adapter import AdapterState
 from fedlora.adapters.base import Basis, Method
 from fedlora.checkpoint import RunStore
-from fedlora.messages import OptimizerState
+from fedlora.messages import UNCOMPRESSED, Compression, OptimizerState
 from fedlora.server.admission import Limits
 from fedlora.server.link import Link
 from fedlora.strategies.base import Strategy, StrategyState
@@ -29,6 +29,7 @@ class RoundSettings:
         local_steps: optimiser steps per client.
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
+        compression: how tensors travel.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class RoundSettings:
     keep_rounds: int
     keep_every: int
     limits: Limits
+    compression: Compression = UNCOMPRESSED
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fedlora.adapters.targets import find_targets
 from fedlora.checkpoint import RunStore
 from fedlora.client.site import Site
 from fedlora.client.state import ClientState
+from fedlora.compress import agreed
 from fedlora.config.job import AdapterSection, Job
 from fedlora.config.load import dump_job
 from fedlora.data.example import Example
@@ -204,6 +205,7 @@ class Federation:
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
                 asynchronous=job.federation.mode == "async",
+                compression=agreed(job.compression),
             ),
         )
         federation = job.federation
@@ -331,6 +333,7 @@ class Federation:
                     federation.max_examples,
                     federation.weighting == "uniform",
                 ),
+                compression=agreed(job.compression),
             ),
             evaluate=self._evaluate,
             emit=emit,
