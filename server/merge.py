@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -111,6 +111,8 @@ def merge(
     }
     if notes:
         event["notes"] = notes
+    if not settings.compression.plain:
+        event["compression"] = asdict(settings.compression)
     events = [*received.rejected, event]
     record = {
         "run": run.run,

@@ -11,6 +11,7 @@ import torch
 from fedlora.adapter import AdapterSpec, AdapterState, trained_shapes
 from fedlora.adapters import METHODS
 from fedlora.checkpoint import Committed, RunStore
+from fedlora.compress import agreed
 from fedlora.config.job import Job
 from fedlora.config.load import dump_job
 from fedlora.data.example import Example
@@ -70,6 +71,7 @@ class Run:
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
                 asynchronous=job.federation.mode == "async",
+                compression=agreed(job.compression),
             ),
         )
 
@@ -238,6 +240,7 @@ class Run:
                 federation.max_examples,
                 federation.weighting == "uniform",
             ),
+            compression=agreed(job.compression),
         )
 
     def _buffered(self, parts: RunParts, link: AsyncLink, initial: StrategyState) -> BufferedRounds:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fedlora.adapter import AdapterState
 from fedlora.adapters.base import Basis, Method
 from fedlora.checkpoint import RunStore
-from fedlora.messages import OptimizerState
+from fedlora.messages import UNCOMPRESSED, Compression, OptimizerState
 from fedlora.server.admission import Limits
 from fedlora.server.journal import Event
 from fedlora.server.link import Link
@@ -28,6 +28,7 @@ class RoundSettings:
         local_steps: optimiser steps per client.
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
+        compression: how tensors travel.
     """
 
     seed: int
@@ -42,6 +43,7 @@ class RoundSettings:
     keep_rounds: int
     keep_every: int
     limits: Limits
+    compression: Compression = UNCOMPRESSED
 
 
 @dataclass(frozen=True)
