@@ -59,15 +59,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("job.toml"),
+    path: Annotated[
+        Path | None, typer.Argument(help="Where to write it; by default job.toml here.")
+    ] = None,
+    policy: Annotated[
+        bool, typer.Option("--policy", help="Write the policy.toml of a site instead.")
+    ] = False,
 ) -> None:
-    """Write a commented job.toml with every option and its default.
+    """Write a commented job.toml (or policy.toml) with every option and its default.
 
     Example: fedlora init job.toml
     """
     from fedlora.cli.init import run_init
 
-    run_init(path)
+    run_init(path, policy=policy)
 
 
 @app.command()
