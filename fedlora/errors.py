@@ -12,6 +12,7 @@
     ├── TicketError          ticket of a transfer: forged, expired, malformed      exit 2
     ├── TransferError        bytes that could not be moved, after the retries      exit 3
     ├── UploadRefused        one upload that the server does not take              exit 2
+    ├── WorkRefused          one client's work that its worker does not do         exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -99,6 +100,19 @@ class UploadRefused(FedloraError):
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(f"upload refused ({code}): {detail}")
+        self.code = code
+
+
+class WorkRefused(FedloraError):
+    """Work that a client's worker does not do, or could not end.
+
+    Args:
+        code: one of those of `Refused` in worker.proto.
+        detail: what was found, what was expected, and what to do.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
         self.code = code
 
 
