@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, TRAIN, text
+from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, text
 from fedlora.server.journal import Event
 from fedlora.server.link import Reply, Task
 from fedlora.server.mail import Mail
@@ -199,7 +199,7 @@ class FlowerLink:
 
 
 def _raw(data: bytes) -> Array:
-    return Array("uint8", (len(data),), "safetensors", data)
+    return Array("uint8", (len(data),), STYPE, data)
 
 
 def _inline(reply: Message, bytes_down: int) -> ReceivedBytes:

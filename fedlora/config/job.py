@@ -51,7 +51,9 @@ class DataSection(Section):
     source: Annotated[str, Field(min_length=1)] = "builtin:stdlib"
     """`builtin:stdlib`, a .jsonl/.csv/.tsv/.parquet file, a folder, or a hub id.
     A folder that has one sub-folder per client gives each client its own data; then
-    `partition.kind` is "folders". A folder of class folders with pictures is labelled."""
+    `partition.kind` is "folders". A folder of class folders with pictures is labelled.
+    "clients": every client brings its own (`fedlora client --data`); then a classification
+    needs `labels`, and only the server reads `test`, if there is one."""
     test: str | None = None
     """A file for the global held-out figures; by default all clients' validation parts."""
     subset: str | None = None
