@@ -163,6 +163,16 @@ def test_an_entry_moves_by_half_a_scale_and_not_past_zero_or_twice_itself(scheme
     assert bool((error <= values.double().abs() * (1 + 1e-6)).all())
 
 
+@pytest.mark.parametrize("scheme", LEVELS)
+def test_a_block_whose_scale_would_lose_bits_is_zero(scheme):
+    """The least scale is 2^-126; a block just above it keeps its bound."""
+    edge = LEVELS[scheme] * 2.0**-126
+    below, above = (draw(BLOCK).clamp(-1, 1) * edge * factor for factor in (0.99, 1.01))
+    found = round_trip({"x": torch.cat([below, above])}, Coding(scheme))["x"]
+    assert not bool(found[:BLOCK].any())
+    assert bool(found[BLOCK:].any())
+
+
 @settings(max_examples=40)
 @given(vectors())
 def test_bf16_keeps_eight_bits(values):

@@ -131,7 +131,7 @@ def watched(run, seen):
 @pytest.mark.parametrize("compression", [{"up": "int4"}, {"top_k": 0.2}])
 def test_a_client_adds_what_it_owes_and_owes_what_did_not_travel(make, strategy, compression):
     """x = trained - start + e, and the next e is x - C(x), from the files of a whole run."""
-    run = make(federation={"strategy": strategy}, compression=compression)
+    run = make(federation={"strategy": strategy}, compression=compression, run={"keep_rounds": 9})
     seen = {}
     run.go(work=watched(run, seen))
     coding = Coding(compression.get("up", "none"), compression.get("top_k", 1.0))
