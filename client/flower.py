@@ -5,6 +5,7 @@ Flower starts a process for every message, so nothing that is slow to import is 
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -95,7 +96,7 @@ def _left_s(message: Message) -> float:
 
 
 def _header(message: Message, context: Context) -> WorkHeader:
-    fields = message.content.config_records.get(CONFIG, {})
+    fields: Mapping[str, object] = message.content.config_records.get(CONFIG, {})
     return WorkHeader(
         job_toml=text(fields, "job"),
         manifest=data(fields, "manifest"),
@@ -134,5 +135,7 @@ def _array(payload: bytes) -> Array:
     return Array("uint8", (len(payload),), STYPE, payload)
 
 
-def _reply(message: Message, fields: dict[str, str | bytes | int | float]) -> Message:
-    return Message(RecordDict({CONFIG: ConfigRecord(fields)}), reply_to=message)
+def _reply(message: Message, fields: Mapping[str, str | bytes | int | float]) -> Message:
+    record = ConfigRecord()
+    record.update(fields)
+    return Message(RecordDict({CONFIG: record}), reply_to=message)

@@ -138,6 +138,16 @@ def test_our_certificate_has_expired(world, version):
     assert "expired by the server's clock" in text
 
 
+@pytest.mark.parametrize("field", ["ca", "certificate", "key"])
+def test_our_own_files_are_damaged(world, tmp_path, field):
+    mess = tmp_path / "mess.pem"
+    mess.write_text("nothing")
+    for path in (mess, tmp_path / "gone.pem"):
+        text = found(of(world.theirs), dataclasses.replace(world.mine, **{field: path}))
+        assert "our own files" in text
+        assert str(path) in text
+
+
 def test_without_tls(world):
     assert "connection and protocol are well" in found(http2, None)
     assert "speaks TLS, and the call was in plain text" in found(of(world.theirs), None)
@@ -182,10 +192,16 @@ def test_grpc_servers_are_diagnosed_like_any_other(world, grpc_server):
     """gRPC has a TLS of its own, whose alerts are not those of OpenSSL."""
     port = grpc_server(world.theirs, world.mine.ca)
     assert "takes our certificate" in diagnose("localhost", port, world.mine).text
-    foreign = dataclasses.replace(world.stranger, ca=world.mine.ca)
-    assert "take the certificate" in diagnose("localhost", port, foreign).text or (
-        "not accept our certificate" in diagnose("localhost", port, foreign).text
-    )
+    for tls, why in (
+        (world.outdated, "expired at"),
+        (dataclasses.replace(world.stranger, ca=world.mine.ca), "not by the authority in"),
+        (world.theirs, "that of a server, which cannot call"),
+    ):
+        text = diagnose("localhost", port, tls).text
+        assert "does not take the certificate" in text
+        assert why in text
+    port = grpc_server(world.theirs, world.stranger.ca)
+    assert "the server trusts another authority" in diagnose("localhost", port, world.mine).text
     port = grpc_server(world.stranger, world.mine.ca)
     assert "wrong CA" in diagnose("localhost", port, world.mine).text
     port = grpc_server(None, None)
