@@ -21,7 +21,7 @@ from fedlora.adapters.inject import AdaptedModel
 from fedlora.adapters.slots import pack
 from fedlora.client.receiving import Fetch, receive
 from fedlora.client.slot_choice import choose_slots, slot_freeze
-from fedlora.client.state import ClientState
+from fedlora.client.state import ClientState, Memory
 from fedlora.config.job import Job, TrainingSection
 from fedlora.data.federated import ClientData
 from fedlora.errors import AdapterError
@@ -61,7 +61,7 @@ class Site:
         pad_id: int,
         seed: int,
         rounds: int,
-        state: ClientState,
+        state: Memory,
     ) -> None:
         self.name = name
         self.adapted = adapted
@@ -252,6 +252,11 @@ def site_for(job: Job, loaded: Loaded, name: str, data: ClientData, folder: Path
         data: the client's examples.
         folder: where it keeps what it needs from round to round; named after the client.
     """
+    return site_with(job, loaded, name, data, ClientState(folder))
+
+
+def site_with(job: Job, loaded: Loaded, name: str, data: ClientData, state: Memory) -> Site:
+    """The client `name` of a job, which keeps in `state` what it needs from round to round."""
     return Site(
         name,
         loaded.adapted,
@@ -262,5 +267,5 @@ def site_for(job: Job, loaded: Loaded, name: str, data: ClientData, folder: Path
         pad_id=loaded.processor.pad_id,
         seed=job.run.seed,
         rounds=job.federation.rounds,
-        state=ClientState(folder),
+        state=state,
     )
