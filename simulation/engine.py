@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from fedlora.client.state import ClientState
 from fedlora.config.job import Job
 from fedlora.errors import ConfigError
 from fedlora.simulation.clients import SimulatedClients
 from fedlora.simulation.virtual import VirtualLink
+
+if TYPE_CHECKING:
+    from fedlora.simulation.ray_pool import Pool
 
 
 def check_engine(job: Job) -> None:
@@ -28,8 +32,9 @@ def ray_link(
     state: Callable[[str], ClientState],
     progress: Callable[[str], None] | None,
     differs: Callable[[str], None],
+    pool: "Pool | None" = None,
 ) -> VirtualLink:
     """The link of run.engine = "ray"; only here is Ray imported."""
     from fedlora.simulation.ray_link import RayLink
 
-    return RayLink(clients, state, progress, differs)
+    return RayLink(clients, state, progress, differs, pool)

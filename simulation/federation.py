@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter import AdapterState
 from fedlora.checkpoint import RunStore
@@ -20,6 +20,9 @@ from fedlora.simulation.local import LocalLink
 from fedlora.simulation.virtual import VirtualLink
 from fedlora.strategies.base import StrategyState
 
+if TYPE_CHECKING:
+    from fedlora.simulation.ray_pool import Pool
+
 
 class Federation(Run):
     """One simulated run: its job, its clients and its folder.
@@ -30,6 +33,8 @@ class Federation(Run):
         clients: which clients take part, with their data; by default all of `loaded`.
         emit: receives every event, besides metrics.jsonl.
         progress: called with a client's name when its work begins.
+        pool: with run.engine = "ray", workers to use and to leave running; by default the run
+            starts and ends its own.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Federation(Run):
         clients: Mapping[str, ClientData] | None = None,
         emit: Emit | None = None,
         progress: Callable[[str], None] | None = None,
+        pool: "Pool | None" = None,
     ) -> None:
         super().__init__(job, loaded, emit)
         check_engine(job)
@@ -56,7 +62,7 @@ class Federation(Run):
         self._folder = Path()
         self._virtual: VirtualLink
         if job.run.engine == "ray":
-            self._virtual = ray_link(self._simulated, self._state, progress, self._differs)
+            self._virtual = ray_link(self._simulated, self._state, progress, self._differs, pool)
         else:
             self._virtual = LocalLink(self.scenario, self._work, progress)
         self.link: Link = self._virtual

@@ -30,7 +30,6 @@ class Cluster:
 
     Attributes:
         size: number of workers.
-        options: Ray's options of one worker.
 
     Raises:
         ConfigError: no such cluster, or one too small for a worker.
@@ -60,7 +59,7 @@ class Cluster:
                 "to fewer or change the cluster"
             )
         environment = {name: os.environ[name] for name in BITS if name in os.environ}
-        self.options: dict[str, Any] = {
+        self._options: dict[str, Any] = {
             "num_cpus": threads,
             "num_gpus": 1 / math.ceil(self.size / gpus) if gpu else 0,
             "max_restarts": 0,
@@ -68,7 +67,11 @@ class Cluster:
             "max_concurrency": 1,
         }
         if environment:
-            self.options["runtime_env"] = {"env_vars": environment}
+            self._options["runtime_env"] = {"env_vars": environment}
+
+    def start(self, worker: type) -> Any:
+        """Starts a process with an object of this class; Ray's handle of it."""
+        return self._ray.remote(worker).options(**self._options).remote()
 
     def close(self) -> None:
         """Ends what this run has started."""
@@ -85,6 +88,8 @@ def _asked() -> int:
 
 def _connect(ray: Any, job: Job, asked: int, most: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # by default Ray's workers give way to everything else on the machine
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray's tip on a variable of its own
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS") or "local"

@@ -14,26 +14,28 @@ from typing import Any
 import ray
 
 from fedlora.client.state import ClientState
+from fedlora.config.job import Job
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.server.link import Reply, Task
 from fedlora.server.machine import machine
 from fedlora.simulation.clients import Answer, SimulatedClients
 from fedlora.simulation.ray_cluster import Cluster
 from fedlora.simulation.ray_pool import Pool
-from fedlora.simulation.ray_worker import Done, Errand, Facts, Worker
+from fedlora.simulation.ray_worker import Done, Errand, Facts
 from fedlora.simulation.virtual import Asked, VirtualLink, by_due
 
 
 class RayLink(VirtualLink):
     """Hands tasks to whichever worker is free, the slowest clients first.
 
-    The workers start with the first task and end with `close`.
+    Workers of its own start with the first task and end with `close`.
 
     Args:
         clients: the job and its clients.
         state: client -> where it keeps what it needs from round to round.
         progress: called with a client's name when its work begins.
         differs: told of a worker on another kind of machine than the server's.
+        pool: workers to use, and to leave running; by default the link starts its own.
 
     Raises:
         ConfigError: clients whose data are not those of the job, which is all workers know.
@@ -45,6 +47,7 @@ class RayLink(VirtualLink):
         state: Callable[[str], ClientState],
         progress: Callable[[str], None] | None = None,
         differs: Callable[[str], None] | None = None,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__(clients.scenario, progress)
         whole = clients.loaded.data.clients
@@ -57,7 +60,7 @@ class RayLink(VirtualLink):
         self.state = state
         self.differs = differs or (lambda why: None)
         self.pool: Pool | None = None
-        self._cluster: Cluster | None = None
+        self._given = pool
         # Ray's references to parts on offer, by digest
         self._parts: dict[str, Any] = {}
         # what is in the pool, by client
@@ -75,19 +78,16 @@ class RayLink(VirtualLink):
             self._workers().forget(client)
 
     def close(self) -> None:
-        pool, cluster = self.pool, self._cluster
-        self.pool = self._cluster = None
+        pool, self.pool = self.pool, None
         self._parts, self._asked, self._early = {}, {}, {}
-        if pool is not None:
+        if pool is not None and pool is not self._given:
             pool.close()
-        if cluster is not None:
-            cluster.close()
 
     def _order(self, task: Task) -> tuple[float, str]:
         return (-self._took.get(task.client, math.inf), task.client)
 
     def _begin(self, asked: Asked) -> Iterator[Reply]:
-        while len(self._workers()) >= self._workers().most:
+        while self._workers().taken >= self._workers().most:
             yield self._next()
         if refused := self._hand_in(asked):
             yield self._reply(asked, refused)
@@ -113,7 +113,7 @@ class RayLink(VirtualLink):
         pool = self._workers()
         soon = heapq.nsmallest(pool.most, self._queue.values(), key=by_due)
         for asked in (wanted, *soon):
-            if asked is not wanted and len(pool) + len(self._early) >= pool.most:
+            if asked is not wanted and pool.taken + len(self._early) >= pool.most:
                 return
             known = asked.client in self._early or asked.client in self._asked
             if not known and self._works(asked) and (refused := self._hand_in(asked)):
@@ -151,17 +151,10 @@ class RayLink(VirtualLink):
 
     def _workers(self) -> Pool:
         if self.pool is None:
-            job = self.clients.job
-            most = job.federation.clients_per_round or len(self.clients.data)
-            self._cluster = cluster = Cluster(job, min(most, len(self.clients.data)))
-            worker = ray.remote(Worker).options(**cluster.options)
-            shared = ray.put(job)
-
-            def start() -> tuple[Any, Any]:
-                handle = worker.remote()
-                return handle, handle.load.remote(shared)
-
-            self.pool = Pool(start, cluster.size, self._check, self.progress)
+            self.pool = self._given
+            if self.pool is None:
+                self.pool = new_pool(self.clients.job, len(self.clients.data))
+            self.pool.open(self.clients.job, self._check, self.progress)
         return self.pool
 
     def _check(self, facts: Facts) -> None:
@@ -189,3 +182,12 @@ class RayLink(VirtualLink):
                 f"({facts.machine['processor']}, {facts.machine['system']}); another processor "
                 "or system may give other bits"
             )
+
+
+def new_pool(job: Job, clients: int) -> Pool:
+    """Workers for a job with so many clients.
+
+    Raises:
+        ConfigError: no such cluster, or one too small for a worker.
+    """
+    return Pool(Cluster(job, min(job.federation.clients_per_round or clients, clients)))

@@ -8,9 +8,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from fedlora.config.job import Job
 from fedlora.errors import FedloraError, RunFailed
 from fedlora.simulation.clients import Answer
-from fedlora.simulation.ray_worker import Done, Errand, Facts
+from fedlora.simulation.ray_cluster import Cluster
+from fedlora.simulation.ray_worker import Done, Errand, Facts, Worker
 
 # a task that kills its worker each time must end, and so must a pool whose workers never start
 MOST_DEATHS = 3
@@ -22,7 +24,7 @@ class _Seat:
     """A worker and what it has been given, the oldest first."""
 
     worker: Any
-    loading: Any
+    loading: Any = None
     given: deque[tuple[Any, Errand]] = field(default_factory=deque)
     pid: int = 0
 
@@ -30,44 +32,60 @@ class _Seat:
 class Pool:
     """Hands errands to whichever worker is free.
 
+    One pool can serve several runs, one after the other, whose jobs have the same threads and
+    device: `open` it for each.
+
     Args:
-        start: starts a worker and has it load; returns the worker and Ray's reference to its
-            `Facts`.
-        size: number of workers.
-        check: refuses a worker whose facts are not the server's.
-        progress: called with a client's name when a worker is given its task.
+        cluster: where the workers run; ends with the pool.
 
     Attributes:
         most: errands that may be in the pool at the same time; bounds the server's memory.
         deaths: workers that died.
     """
 
-    def __init__(
-        self,
-        start: Callable[[], tuple[Any, Any]],
-        size: int,
-        check: Callable[[Facts], None],
-        progress: Callable[[str], None],
-    ) -> None:
-        self.size = size
-        self.most = 3 * size
+    def __init__(self, cluster: Cluster) -> None:
+        self.size = cluster.size
+        self.most = 3 * cluster.size
         self.deaths = 0
-        self._start = start
-        self._check = check
-        self._progress = progress
+        self._cluster = cluster
+        self._job: Any = None
+        self._check: Callable[[Facts], None] = lambda facts: None
+        self._progress: Callable[[str], None] = lambda client: None
         self._waiting: deque[Errand] = deque()
-        # errand's client -> how many workers have died over it
+        # client -> how many workers have died over its errand
         self._died: dict[str, int] = {}
         self._never_started = 0
         self._lost: deque[tuple[Errand, Done]] = deque()
-        self._seats = [_Seat(*start()) for _ in range(size)]
+        self._seats = [_Seat(cluster.start(Worker)) for _ in range(cluster.size)]
 
-    def __len__(self) -> int:
+    def open(
+        self, job: Job, check: Callable[[Facts], None], progress: Callable[[str], None]
+    ) -> None:
+        """Has all workers load the model and the data of a job.
+
+        Args:
+            job: what comes next; errands of another one are dropped.
+            check: refuses a worker whose facts are not the server's.
+            progress: called with a client's name when a worker is given its task.
+        """
+        self.forget()
+        self._job, self._check, self._progress = ray.put(job), check, progress
+        self._never_started = 0
+        for seat in self._seats:
+            seat.loading = seat.worker.load.remote(self._job)
+
+    @property
+    def taken(self) -> int:
+        """Errands in the pool, waiting or at work."""
         return len(self._waiting) + len(self._lost) + sum(len(seat.given) for seat in self._seats)
 
-    def pids(self) -> list[int]:
-        """The processes of the workers that have loaded."""
-        return [seat.pid for seat in self._seats if seat.pid]
+    def at_work(self) -> dict[int, list[str]]:
+        """Process of every worker that has loaded -> the clients it was given, oldest first."""
+        return {
+            seat.pid: [errand.task.client for _, errand in seat.given]
+            for seat in self._seats
+            if seat.loading is None
+        }
 
     def add(self, errand: Errand) -> None:
         """Takes an errand; there must be fewer than `most`."""
@@ -95,10 +113,11 @@ class Pool:
             seat.given = deque(x for x in seat.given if client not in (None, x[1].task.client))
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, and Ray if it was started for them."""
         for seat in self._seats:
             ray.kill(seat.worker)
         self._seats = []
+        self._cluster.close()
 
     def _give(self) -> None:
         # a second errand hides the way to the server and back, but near the end of a round it
@@ -178,4 +197,5 @@ class Pool:
                 self._died.pop(client)
                 errands = errands[1:]
         self._waiting.extendleft(reversed(errands))
-        self._seats[self._seats.index(seat)] = _Seat(*self._start())
+        worker = self._cluster.start(Worker)
+        self._seats[self._seats.index(seat)] = _Seat(worker, worker.load.remote(self._job))

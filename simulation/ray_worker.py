@@ -79,6 +79,7 @@ class Worker:
         self._new: dict[str, bytes] = {}
         self._old: dict[str, bytes] = {}
         self._round = 0
+        self._clients: SimulatedClients | None = None
 
     def load(self, job: Job) -> Facts:
         """Loads the job's model and data.
@@ -86,15 +87,18 @@ class Worker:
         Raises:
             ConfigError, DataError, ModelError, AdapterError: see `fedlora.models.loaded.load`.
         """
+        # the model of the job before need not be in memory at the same time
+        self._clients = None
         if job.run.device.startswith("cuda"):
             job = job.model_copy(update={"run": job.run.model_copy(update={"device": "cuda"})})
         loaded = load(job)
-        self._clients = SimulatedClients(job, loaded)
+        self._clients = clients = SimulatedClients(job, loaded)
+        self._new, self._old, self._round = {}, {}, 0
         return Facts(
             platform.node(),
             os.getpid(),
             loaded.initial.spec.digest(),
-            {name: len(data.train) for name, data in self._clients.data.items()},
+            {name: len(data.train) for name, data in clients.data.items()},
             machine(job.run.threads),
         )
 
@@ -105,6 +109,7 @@ class Worker:
             self._round, self._old, self._new = errand.round, self._new, {}
         memory = CarriedState(errand.state)
         clients = self._clients
+        assert clients is not None, "a worker loads before it works"
         found = answer(
             lambda client, manifest, fetch: clients.work(client, manifest, fetch, memory),
             clients.scenario,
