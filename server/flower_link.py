@@ -16,11 +16,13 @@ from fedlora.server.offers import Offers, ReceivedBytes
 from fedlora.strategies.base import ClientInfo
 from fedlora.wire import decode_broadcast, sha256
 
-# what Flower answers itself for a node that is off line
+# what Flower answers itself for a node that is off line, or a ClientApp that was killed
 AWAY = (
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    # the worker goes on without its caller
+    ErrorCode.CLIENT_APP_CRASHED,
 )
 
 # seconds between two looks at the disk, at Flower's replies, and at the nodes
