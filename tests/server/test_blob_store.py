@@ -103,6 +103,9 @@ def test_the_first_whole_reply_stands(tmp_path):
         store.held(TICKET, digest(b"other"))
     with refused("taken"):
         begun(store, b"other", upto=0)
+    # the same bytes once more: to be asked about again
+    with refused("busy"):
+        begun(store, upto=0)
     assert store.receipt(TICKET).sha256 == digest(DATA)
 
 
