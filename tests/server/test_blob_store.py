@@ -233,6 +233,19 @@ def test_a_forgotten_round_is_gone_and_takes_no_late_reply(tmp_path):
     assert store.used() == len(DATA) + len(encode_receipt(store.receipt(later)))
 
 
+def test_a_round_that_is_done_anew_takes_replies_again(tmp_path):
+    store = BlobStore(tmp_path)
+    upload(store)
+    store.forget_round(TICKET.run, TICKET.round)
+    store.reopen(TICKET.run, TICKET.round + 1)
+    with refused("closed"):
+        upload(store)
+    store.reopen(TICKET.run, TICKET.round)
+    assert not store.received(TICKET.run, TICKET.round, TICKET.attempt)
+    upload(store)
+    assert store.received(TICKET.run, TICKET.round, TICKET.attempt)
+
+
 def test_finished_runs_and_half_deleted_ones_are_collected(tmp_path):
     store = BlobStore(tmp_path)
     for run in ("a", "b", "c"):
