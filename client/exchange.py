@@ -102,13 +102,17 @@ class ExchangeClient:
                 patience.after_damage(str(error))
         return blob.data()
 
-    def send(self, ticket: str, manifest: bytes, payload: bytes | Path) -> int:
+    def send(self, ticket: str, manifest: bytes, payload: bytes | Path, bytes_down: int = 0) -> int:
         """Sends a reply, unless the server has it; returns how many of its bytes were sent.
+
+        Counted are the bytes given to gRPC, in all tries; some of a try that failed may never
+        have left this machine.
 
         Args:
             ticket: for the direction "up".
             manifest: of the update.
             payload: the bytes, or a file of them.
+            bytes_down: what was fetched for this reply, for the server's books.
 
         Raises:
             TransferError: it was refused, or could not be sent within the patience.
@@ -130,7 +134,7 @@ class ExchangeClient:
                     if reply.size_bytes > offset:
                         patience.renew()
                     offset = reply.size_bytes
-                    messages = _Messages(source, manifest, offset)
+                    messages = _Messages(source, manifest, offset, bytes_down)
                     try:
                         self._upload(
                             iter(messages),
@@ -168,7 +172,7 @@ class ExchangeClient:
 class _Messages:
     """The messages of one upload; counts the bytes that gRPC took."""
 
-    def __init__(self, source: Outgoing, manifest: bytes, offset: int) -> None:
+    def __init__(self, source: Outgoing, manifest: bytes, offset: int, bytes_down: int) -> None:
         self.sent = 0
         self._source = source
         self._header = UploadMessage(
@@ -177,6 +181,7 @@ class _Messages:
                 size_bytes=source.size_bytes,
                 offset_bytes=offset,
                 manifest=manifest,
+                bytes_down=bytes_down,
             )
         )
         self._offset = offset

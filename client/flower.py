@@ -5,6 +5,7 @@ Flower starts a process for every message, so nothing that is slow to import is 
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -12,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fedlora import __version__
 from fedlora.client.own_worker import own_worker
-from fedlora.client.worker_call import WorkerCall, WorkerGone, Worked, complete_address
+from fedlora.client.worker_call import Worked, WorkerCall, WorkerGone, complete_address
 from fedlora.flower_records import (
     CONFIG,
     NAME,
@@ -95,13 +96,11 @@ def _left_s(message: Message) -> float:
 
 
 def _header(message: Message, context: Context) -> WorkHeader:
-    fields = message.content.config_records.get(CONFIG, {})
+    fields: Mapping[str, object] = message.content.config_records.get(CONFIG, {})
     return WorkHeader(
         job_toml=text(fields, "job"),
         manifest=data(fields, "manifest"),
-        exchange=complete_address(
-            text(fields, "exchange"), text(context.node_config, SERVER_HOST)
-        ),
+        exchange=complete_address(text(fields, "exchange"), text(context.node_config, SERVER_HOST)),
         download_ticket=text(fields, "download_ticket"),
         upload_ticket=text(fields, "upload_ticket"),
         acknowledged=texts(fields, "acknowledged"),
@@ -136,5 +135,5 @@ def _array(payload: bytes) -> Array:
     return Array("uint8", (len(payload),), STYPE, payload)
 
 
-def _reply(message: Message, fields: dict[str, str | bytes | int | float]) -> Message:
-    return Message(RecordDict({CONFIG: ConfigRecord(fields)}), reply_to=message)
+def _reply(message: Message, fields: Mapping[str, str | bytes | int | float]) -> Message:
+    return Message(RecordDict({CONFIG: ConfigRecord({**fields})}), reply_to=message)

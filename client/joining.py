@@ -11,11 +11,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedlora import __version__
 from fedlora.clock import check_clock
+from fedlora.diagnosis import diagnose
 from fedlora.errors import ConfigError, JoinDelayed, JoinRefused
 from fedlora.protos import consortium_pb2 as pb
 from fedlora.protos.consortium_pb2_grpc import ConsortiumStub
 from fedlora.storage import storage_errors
-from fedlora.tls import TlsFiles, diagnose
+from fedlora.tls import Credentials, TlsFiles
 
 CALL_S = 20.0
 
@@ -41,11 +42,14 @@ def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joi
 
     Raises:
         ConfigError: not of the form HOST:PORT.
+        CertificateError: this client's certificate cannot be used.
+        ClockError: the clocks are too far apart.
         JoinDelayed: the server is not there, or not ready.
         JoinRefused: it will not have this client as it is; says why and what to do.
     """
     host, port = split_address(server)
-    with channel(server, tls) as opened:
+    credentials = tls.load("client") if tls else None
+    with channel(server, credentials) as opened:
         request = pb.JoinRequest(
             version=__version__, name=name, public_key=public_key, clock_s=time.time()
         )
@@ -54,9 +58,8 @@ def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joi
         except grpc.RpcError as e:
             if e.code() not in PASSING:
                 raise JoinRefused(f"server {server} refuses this client: {e.details()}") from e
-            if why := diagnose(host, port, tls):
-                raise JoinRefused(why) from e
-            raise JoinDelayed(f"server {server} does not answer: {e.details()}") from e
+            found = diagnose(host, port, tls)
+            raise (JoinRefused if found.lasting else JoinDelayed)(found.text) from e
     if reply.version != __version__:
         raise JoinRefused(
             f"server {server} runs fedlora {reply.version!r}, this client {__version__!r}; "
@@ -66,12 +69,14 @@ def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joi
     return Joined(reply.flower_port)
 
 
-def channel(server: str, tls: TlsFiles | None) -> grpc.Channel:
-    """A channel to HOST:PORT; plain text only where no certificates are given."""
-    if tls is None:
+def channel(server: str, credentials: Credentials | None) -> grpc.Channel:
+    """A channel to HOST:PORT; plain text only where no certificate is given."""
+    if credentials is None:
         return grpc.insecure_channel(server)
-    ca, key, certificate = tls.pem()
-    return grpc.secure_channel(server, grpc.ssl_channel_credentials(ca, key, certificate))
+    return grpc.secure_channel(
+        server,
+        grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate),
+    )
 
 
 def split_address(server: str) -> tuple[str, int]:

@@ -11,13 +11,14 @@ import grpc
 
 from fedlora import __version__
 from fedlora.client.joining import channel, split_address
+from fedlora.diagnosis import diagnose
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.protos import consortium_pb2 as consortium
 from fedlora.protos import exchange_pb2 as exchange
 from fedlora.protos.consortium_pb2_grpc import ConsortiumStub
 from fedlora.protos.exchange_pb2_grpc import DeltaExchangeStub
 from fedlora.storage import storage_errors
-from fedlora.tls import TlsFiles, diagnose
+from fedlora.tls import TlsFiles
 
 CALL_S = 20.0
 # a server that is restarted is back before that
@@ -33,6 +34,10 @@ class Operator:
         server: HOST:PORT of its exchange.
         tls: the operator's certificate; None for plain text.
         wait: waits for so many seconds.
+
+    Raises:
+        ConfigError: `server` is not of the form HOST:PORT.
+        CertificateError: the certificate cannot be used.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Operator:
     ) -> None:
         self.server = server
         self.tls = tls
+        self.credentials = tls.load("operator") if tls else None
         self.wait = wait
         self.host, self.port = split_address(server)
 
@@ -50,9 +56,7 @@ class Operator:
             ConfigError: the server refuses the job or the caller.
             RunFailed: the server is not there.
         """
-        request = consortium.SubmitRequest(
-            job_toml=job_toml, plugin=plugin, version=__version__
-        )
+        request = consortium.SubmitRequest(job_toml=job_toml, plugin=plugin, version=__version__)
         with self._stub() as stub:
             return str(stub.Submit(request, timeout=CALL_S).run)
 
@@ -81,7 +85,7 @@ class Operator:
         seen, away_since = 0, 0.0
         while True:
             try:
-                with channel(self.server, self.tls) as opened:
+                with channel(self.server, self.credentials) as opened:
                     request = exchange.WatchRequest(run=run, skip=seen)
                     for item in DeltaExchangeStub(opened).Watch(request):
                         seen, away_since = int(item.number) + 1, 0.0
@@ -119,7 +123,7 @@ class Operator:
 
     @contextmanager
     def _stub(self) -> Iterator[ConsortiumStub]:
-        with channel(self.server, self.tls) as opened:
+        with channel(self.server, self.credentials) as opened:
             try:
                 yield ConsortiumStub(opened)
             except grpc.RpcError as e:
@@ -128,6 +132,5 @@ class Operator:
     def _error(self, error: grpc.RpcError) -> Exception:
         code = error.code()
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            why = diagnose(self.host, self.port, self.tls)
-            return RunFailed(why or f"server {self.server} does not answer: {error.details()}")
+            return RunFailed(diagnose(self.host, self.port, self.tls).text)
         return ConfigError(f"server {self.server}: {error.details()}")

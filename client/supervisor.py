@@ -8,13 +8,18 @@ import socket
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from prometheus_client import CollectorRegistry
 
 from fedlora.client.joining import Joined, join, new_node_key
 from fedlora.errors import JoinDelayed
+from fedlora.health import Health, HealthServer
 from fedlora.processes import Child
 from fedlora.storage import storage_errors
+from fedlora.telemetry.processes import ProcessMetrics
 from fedlora.tls import TlsFiles
 
 log = logging.getLogger(__name__)
@@ -77,6 +82,8 @@ class ClientOptions:
         device: where it trains.
         rank: the largest rank it can train; 0 for any.
         idle_s: after so long without work, model and data leave memory.
+        health: HOST:PORT of the health endpoint; None for none.
+        logging: variables by which its processes log alike.
     """
 
     server: str
@@ -87,6 +94,8 @@ class ClientOptions:
     device: str = "cpu"
     rank: int = 0
     idle_s: float = 600.0
+    health: str | None = None
+    logging: Mapping[str, str] = field(default_factory=dict)
 
 
 class ClientSupervisor:
@@ -112,7 +121,10 @@ class ClientSupervisor:
             JoinRefused: the server refuses this client for good.
             StorageError: the disk refused.
         """
+        health = self._health()
         try:
+            if health is not None:
+                health.start()
             self.worker.start()
             joined = self._join()
             while joined and not self.stopped.wait(TEND_S):
@@ -122,7 +134,9 @@ class ClientSupervisor:
                     self.node.start()
                 elif not self.node.is_alive and not self.stopped.is_set():
                     # a node that died comes back as a new one, which the server must let in
-                    log.warning("the SuperNode ended; the last it printed:\n%s", self.node.last_lines())
+                    log.warning(
+                        "the SuperNode ended; the last it printed:\n%s", self.node.last_lines()
+                    )
                     self.node.stop()
                     self.node = None
                     self.stopped.wait(1.0)
@@ -131,7 +145,16 @@ class ClientSupervisor:
             if self.node is not None:
                 self.node.stop()
             self.worker.stop()
+            if health is not None:
+                health.stop()
             os.close(self.options.seat.lock)
+
+    def status(self) -> Health:
+        """How its processes are; it takes work once it has joined."""
+        children = [self.worker, *([self.node] if self.node else [])]
+        parts = tuple(child.part() for child in children)
+        detail = "" if self.node else f"joining {self.options.server}"
+        return Health(parts, is_ready=self.node is not None and self.node.is_alive, detail=detail)
 
     def stop(self) -> None:
         """Ends `run`; may be called from a signal handler."""
@@ -157,6 +180,13 @@ class ClientSupervisor:
                 return joined
         return None
 
+    def _health(self) -> HealthServer | None:
+        if self.options.health is None:
+            return None
+        registry = CollectorRegistry()
+        registry.register(ProcessMetrics(self.status))
+        return HealthServer(self.options.health, self.status, registry)
+
     def _worker(self) -> Child:
         options = self.options
         command = [sys.executable, "-m", "fedlora.client.worker_process"]
@@ -172,7 +202,7 @@ class ClientSupervisor:
         if options.tls is not None:
             command += ["--ca", str(options.tls.ca), "--cert", str(options.tls.certificate)]
             command += ["--key", str(options.tls.key)]
-        return Child("worker", command, self.home / "logs" / "worker.log")
+        return Child("worker", command, self.home / "logs" / "worker.log", options.logging)
 
     def _node(self, joined: Joined) -> Child:
         options = self.options

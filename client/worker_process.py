@@ -14,14 +14,16 @@ from pathlib import Path
 import grpc
 
 from fedlora.client.courier import Connect, Transfer
-from fedlora.client.duty import Duty, Policy
+from fedlora.client.duty import Duty
 from fedlora.client.exchange import ExchangeClient
+from fedlora.client.policy import load_policy
 from fedlora.client.resident import Resident
 from fedlora.client.worker import Worker
 from fedlora.client.worker_socket import MOST_WAITING, listen
 from fedlora.data.own import OwnData
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.storage import storage_errors
+from fedlora.tls import TlsFiles
 
 # a transfer that gets no further for so long is given up
 PATIENCE_S = 120.0
@@ -54,7 +56,7 @@ def _serve(options: argparse.Namespace) -> int:
             options.state,
             Resident(read, options.device),
             exchange_connection(_credentials(options)),
-            _policy(options.policy),
+            load_policy(options.policy),
         )
         worker = Worker(
             duty,
@@ -111,19 +113,8 @@ def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
         return None
     if not all(given):
         raise ConfigError("--ca, --cert and --key belong together; give all three")
-    from fedlora.tls import TlsFiles
-
     files = TlsFiles(options.ca, options.cert, options.key).load("client")
     return grpc.ssl_channel_credentials(files.ca, files.key, files.certificate)
-
-
-def _policy(path: Path | None) -> Policy | None:
-    if path is None:
-        return None
-    from fedlora.client.policy import load_policy
-
-    policy: Policy = load_policy(path)
-    return policy
 
 
 def _lock(state: Path, name: str) -> int:

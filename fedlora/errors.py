@@ -5,6 +5,7 @@
     ├── DataError            data file, column, row or partition                  exit 2
     ├── ModelError           base model missing, foreign or of another kind       exit 2
     ├── AdapterError         adapter file or spec that does not fit               exit 2
+    │   └── CodeError        coded values that decode to nothing
     ├── TrainingError        one client cannot train; its update is missing        exit 2
     ├── RunFolderError       run folder corrupt, locked or of another job         exit 2
     ├── JoinRefused          a server that will not have this client as it is     exit 2
@@ -13,6 +14,9 @@
     ├── TransferError        bytes that could not be moved, after the retries      exit 3
     ├── UploadRefused        one upload that the server does not take              exit 2
     ├── WorkRefused          one client's work that its worker does not do         exit 2
+    ├── CertificateError     key, certificate or request missing or unusable      exit 2
+    ├── ClockError           this machine's clock and the server's are apart      exit 2
+    ├── PolicyError          the server asks for what the site does not permit    exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -54,6 +58,10 @@ class ModelError(FedloraError):
 
 class AdapterError(FedloraError):
     """An adapter, factor or spec that does not fit where it is used."""
+
+
+class CodeError(AdapterError):
+    """Coded tensors with a value that no encoder makes."""
 
 
 class TrainingError(FedloraError):
@@ -114,6 +122,22 @@ class WorkRefused(FedloraError):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
+
+
+class CertificateError(FedloraError):
+    """A key, certificate, request or authority that is missing, damaged or does not fit."""
+
+
+class ClockError(FedloraError):
+    """Clocks that are too far apart to authenticate."""
+
+
+class PolicyError(FedloraError):
+    """A server asks for what the site's policy does not permit; `problems` lists it all."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class RunFailed(FedloraError):

@@ -5,9 +5,12 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from fedlora.health import Part
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class Child:
         self.output = output
         self.environment = dict(environment or {})
         self.starts = 0
+        self.since: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._wait = FIRST_WAIT_S
@@ -58,6 +62,10 @@ class Child:
         """It runs now."""
         return self._process is not None and self._process.poll() is None
 
+    def part(self) -> Part:
+        """How it is, for a health endpoint."""
+        return Part(self.name, self.is_alive, self.starts, self.since)
+
     def start(self) -> None:
         """Starts it, with everything it will start in a process group of its own."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +75,12 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
+                env={**os.environ, "PATH": _path(), **self.environment},
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
         self.starts += 1
+        self.since = time.time()
         self._started = time.monotonic()
         log.info("started %s", self.name, extra={"child": self.name, "pid": self.pid})
 
@@ -121,6 +130,11 @@ class Child:
         except OSError:
             return ""
         return "\n".join(text.splitlines()[-count:])
+
+
+def _path() -> str:
+    # Flower starts its own programs by name, also where no environment was activated
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def _end_with_parent() -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64lora/protos/exchange.proto\x12\nfedlora.v1\"\x1d\n\x0bStatRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"1\n\tStatReply\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"W\n\rUploadMessage\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedlora.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"Z\n\x0cUploadHeader\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x10\n\x08manifest\x18\x04 \x01(\x0c\"!\n\x0bUploadReply\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\"7\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"2\n\rDownloadChunk\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\")\n\x0cWatchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04skip\x18\x02 \x01(\x04\"5\n\x08RunEvent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04json\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t2\x88\x02\n\rDeltaExchange\x12\x36\n\x04Stat\x12\x17.fedlora.v1.StatRequest\x1a\x15.fedlora.v1.StatReply\x12>\n\x06Upload\x12\x19.fedlora.v1.UploadMessage\x1a\x17.fedlora.v1.UploadReply(\x01\x12\x44\n\x08\x44ownload\x12\x1b.fedlora.v1.DownloadRequest\x1a\x19.fedlora.v1.DownloadChunk0\x01\x12\x39\n\x05Watch\x12\x18.fedlora.v1.WatchRequest\x1a\x14.fedlora.v1.RunEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64lora/protos/exchange.proto\x12\nfedlora.v1\"\x1d\n\x0bStatRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"1\n\tStatReply\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"W\n\rUploadMessage\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedlora.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"n\n\x0cUploadHeader\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x10\n\x08manifest\x18\x04 \x01(\x0c\x12\x12\n\nbytes_down\x18\x05 \x01(\x04\"!\n\x0bUploadReply\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\"7\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"2\n\rDownloadChunk\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\")\n\x0cWatchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04skip\x18\x02 \x01(\x04\"5\n\x08RunEvent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04json\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t2\x88\x02\n\rDeltaExchange\x12\x36\n\x04Stat\x12\x17.fedlora.v1.StatRequest\x1a\x15.fedlora.v1.StatReply\x12>\n\x06Upload\x12\x19.fedlora.v1.UploadMessage\x1a\x17.fedlora.v1.UploadReply(\x01\x12\x44\n\x08\x44ownload\x12\x1b.fedlora.v1.DownloadRequest\x1a\x19.fedlora.v1.DownloadChunk0\x01\x12\x39\n\x05Watch\x12\x18.fedlora.v1.WatchRequest\x1a\x14.fedlora.v1.RunEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,17 +38,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADMESSAGE']._serialized_start=127
   _globals['_UPLOADMESSAGE']._serialized_end=214
   _globals['_UPLOADHEADER']._serialized_start=216
-  _globals['_UPLOADHEADER']._serialized_end=306
-  _globals['_UPLOADREPLY']._serialized_start=308
-  _globals['_UPLOADREPLY']._serialized_end=341
-  _globals['_DOWNLOADREQUEST']._serialized_start=343
-  _globals['_DOWNLOADREQUEST']._serialized_end=398
-  _globals['_DOWNLOADCHUNK']._serialized_start=400
-  _globals['_DOWNLOADCHUNK']._serialized_end=450
-  _globals['_WATCHREQUEST']._serialized_start=452
-  _globals['_WATCHREQUEST']._serialized_end=493
-  _globals['_RUNEVENT']._serialized_start=495
-  _globals['_RUNEVENT']._serialized_end=548
-  _globals['_DELTAEXCHANGE']._serialized_start=551
-  _globals['_DELTAEXCHANGE']._serialized_end=815
+  _globals['_UPLOADHEADER']._serialized_end=326
+  _globals['_UPLOADREPLY']._serialized_start=328
+  _globals['_UPLOADREPLY']._serialized_end=361
+  _globals['_DOWNLOADREQUEST']._serialized_start=363
+  _globals['_DOWNLOADREQUEST']._serialized_end=418
+  _globals['_DOWNLOADCHUNK']._serialized_start=420
+  _globals['_DOWNLOADCHUNK']._serialized_end=470
+  _globals['_WATCHREQUEST']._serialized_start=472
+  _globals['_WATCHREQUEST']._serialized_end=513
+  _globals['_RUNEVENT']._serialized_start=515
+  _globals['_RUNEVENT']._serialized_end=568
+  _globals['_DELTAEXCHANGE']._serialized_start=571
+  _globals['_DELTAEXCHANGE']._serialized_end=835
 # @@protoc_insertion_point(module_scope)

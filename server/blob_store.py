@@ -100,7 +100,13 @@ class BlobStore:
             return None
 
     def begin_upload(
-        self, ticket: Ticket, digest: str, size_bytes: int, offset_bytes: int, manifest: bytes
+        self,
+        ticket: Ticket,
+        digest: str,
+        size_bytes: int,
+        offset_bytes: int,
+        manifest: bytes,
+        bytes_down: int = 0,
     ) -> Upload:
         """Starts or continues the reply that `ticket` asks for; close what is returned.
 
@@ -108,7 +114,7 @@ class BlobStore:
             UploadRefused: "busy", "taken", "closed" or "offset".
             StorageError: no room for it.
         """
-        receipt = Receipt(ticket.client, ticket.node, digest, size_bytes, manifest)
+        receipt = Receipt(ticket.client, ticket.node, digest, size_bytes, manifest, bytes_down)
         upload = Upload(self._place(ticket), receipt, offset_bytes, self._ended)
         try:
             with self._lock:

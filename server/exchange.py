@@ -12,12 +12,15 @@ from grpc_reflection.v1alpha import reflection
 from fedlora.errors import ConfigError
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.exchange_service import MAX_WATCHES, SERVICE, ExchangeService
+from fedlora.server.request_deadline import RequestDeadline
 from fedlora.server.run_events import RunEvents
 from fedlora.server.transfers import Transfers
 
 MAX_MESSAGE_BYTES = 4 << 20
 # short calls that find a thread while all transfers and watches are busy
 SPARE_THREADS = 64
+# the only message of such a call comes with it or soon after
+READ_S = 10.0
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -75,10 +78,12 @@ class ExchangeServer:
         self._address = address
         self._draining = threading.Event()
         self.transfers = Transfers(max_transfers, stall_s)
+        self._reads = Transfers(SPARE_THREADS, min(stall_s, READ_S))
         threads = max_transfers + MAX_WATCHES + SPARE_THREADS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "exchange"),
             options=OPTIONS,
+            interceptors=[RequestDeadline(self._reads)],
             # what finds no thread is refused, for waiting in a queue it would hold memory
             maximum_concurrent_rpcs=threads,
         )
@@ -119,9 +124,20 @@ class ExchangeServer:
             ) from e
         self._server.start()
         self.transfers.start()
+        self._reads.start()
         for name in ("", *self._names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return int(port)
+
+    @property
+    def is_serving(self) -> bool:
+        """New calls are taken."""
+        return not self._draining.is_set()
+
+    @property
+    def watches(self) -> int:
+        """Open watches."""
+        return self._service.watches
 
     def drain(self, grace_s: float) -> None:
         """Takes no new calls, lets those under way end for `grace_s` seconds, and stops.
@@ -133,3 +149,4 @@ class ExchangeServer:
         self._service.end_watches()
         self._server.stop(grace_s).wait()
         self.transfers.stop()
+        self._reads.stop()

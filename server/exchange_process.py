@@ -5,12 +5,15 @@ import logging
 import signal
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
 
+from fedlora.enrolment import DropBox
 from fedlora.errors import FedloraError
-from fedlora.pki import Revoked, sign_requests
+from fedlora.pki.authority import Authority
+from fedlora.pki.revoked import Revoked
 from fedlora.protos.consortium_pb2_grpc import add_ConsortiumServicer_to_server
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.consortium import Consortium
@@ -63,6 +66,11 @@ def serve(options: argparse.Namespace) -> None:
     store = BlobStore(home.exchange)
     store.collect([place.run for place in home.places() if place.outcome() is None])
     revoked = Revoked(options.ca_folder / "revoked.json") if options.ca_folder else None
+    enrolment = (
+        DropBox(Authority(options.ca_folder), options.enrol)
+        if options.enrol and options.ca_folder
+        else None
+    )
     server = ExchangeServer(
         store,
         ticket_key(home.ticket_key),
@@ -80,8 +88,9 @@ def serve(options: argparse.Namespace) -> None:
     server.start()
     try:
         while not stopped.wait(ENROL_S):
-            if options.enrol is not None:
-                sign_requests(options.ca_folder, options.enrol)
+            if enrolment is not None:
+                for line in enrolment.sign_requests(datetime.now(UTC)):
+                    log.info("%s", line)
     finally:
         server.drain(DRAIN_S)
         control.close()
@@ -90,8 +99,9 @@ def serve(options: argparse.Namespace) -> None:
 def _credentials(tls: TlsFiles | None) -> grpc.ServerCredentials | None:
     if tls is None:
         return None
-    ca, key, certificate = tls.pem()
-    return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)
+    found = tls.load("server")
+    pairs = [(found.key, found.certificate)]
+    return grpc.ssl_server_credentials(pairs, found.ca, require_client_auth=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,7 +32,7 @@ from fedlora.server.identity import peer_identity
 from fedlora.server.receipts import DIGEST
 from fedlora.server.run_events import RunEvents
 from fedlora.server.transfers import Transfer, Transfers
-from fedlora.tickets import METADATA_KEY, Ticket, check
+from fedlora.tickets import MAX_BLOB_BYTES, METADATA_KEY, Ticket, check
 
 SERVICE = "fedlora.v1.DeltaExchange"
 CHUNK_BYTES = 1 << 20
@@ -187,6 +187,11 @@ class ExchangeService:
             with self._lock:
                 self._watches.discard(stop)
 
+    @property
+    def watches(self) -> int:
+        """Open watches."""
+        return len(self._watches)
+
     def end_watches(self) -> None:
         """Ends all watches; none begins while the server drains."""
         with self._lock:
@@ -202,7 +207,12 @@ class ExchangeService:
         context: grpc.ServicerContext,
     ) -> None:
         with self._store.begin_upload(
-            ticket, header.sha256, header.size_bytes, header.offset_bytes, header.manifest
+            ticket,
+            header.sha256,
+            header.size_bytes,
+            header.offset_bytes,
+            header.manifest,
+            min(header.bytes_down, MAX_BLOB_BYTES),
         ) as upload:
             transfer.progress()
             for message in messages:

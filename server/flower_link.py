@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, TRAIN, text
+from fedlora.server.journal import Event
 from fedlora.server.link import Reply, Task
 from fedlora.server.mail import Mail
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers, ReceivedBytes
-from fedlora.server.run_parts import Event
 from fedlora.strategies.base import ClientInfo
 from fedlora.wire import decode_broadcast, sha256
 
@@ -159,7 +159,7 @@ class FlowerLink:
             if reply.has_error():
                 error, code = f"its ClientApp failed: {reply.error.reason}", "FLOWER"
             else:
-                fields = reply.content.config_records.get(CONFIG, {})
+                fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
                 error, code = text(fields, "error"), text(fields, "code")
                 number = fields.get("bytes_down", 0)
                 down = number if isinstance(number, int) and 0 <= number < 2**62 else 0
@@ -185,19 +185,14 @@ class FlowerLink:
     def _message(self, task: Task, parts: Mapping[str, bytes], left_s: float) -> Message:
         broadcast = decode_broadcast(task.manifest)
         node = self.nodes.seats[task.client].node
-        fields: dict[str, str | bytes | list[str]] = {
-            "job": self.job_toml,
-            "manifest": task.manifest,
-            "exchange": "",
-            "acknowledged": self._acknowledged.pop(task.client, []),
-        }
-        content = RecordDict({CONFIG: ConfigRecord(fields)})
+        record = ConfigRecord({"job": self.job_toml, "manifest": task.manifest, "exchange": ""})
+        record["acknowledged"] = self._acknowledged.pop(task.client, [])
+        content = RecordDict({CONFIG: record})
         if self.offers is None:
             needed = sorted(set(broadcast.parts.values()))
             content[PARTS] = ArrayRecord({digest: _raw(parts[digest]) for digest in needed})
         else:
-            tickets = self.offers.tickets(task, broadcast, node, left_s)
-            content.config_records[CONFIG].update(tickets)
+            record.update(self.offers.tickets(task, broadcast, node, left_s))
         group = str(broadcast.plan.round)
         # Flower keeps a reply no longer than this
         return Message(content, node, TRAIN, ttl=left_s + 60, group_id=group)

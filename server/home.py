@@ -1,14 +1,14 @@
 """Home: where a server keeps what outlives its processes.
 
-    tickets.key                  signs tickets; shared by the exchange and the ServerApps
-    exchange/                    blobs on their way (fedlora.server.blob_store)
-    flower/superlink.db          Flower's own state
-    runs/<run>/job.toml          the job as it was submitted
-    runs/<run>/plugin.py         its strategy's file, if it names one
-    runs/<run>/events.jsonl      every event of the run, for those who watch
-    runs/<run>/folder/           the run folder
-    runs/<run>/outcome.json      how the run ended; until then it is tried again
-    runs/<run>/lock              held by the ServerApp that works on it
+tickets.key                  signs tickets; shared by the exchange and the ServerApps
+exchange/                    blobs on their way (fedlora.server.blob_store)
+flower/superlink.db          Flower's own state
+runs/<run>/job.toml          the job as it was submitted
+runs/<run>/plugin.py         its strategy's file, if it names one
+runs/<run>/events.jsonl      every event of the run, for those who watch
+runs/<run>/folder/           the run folder
+runs/<run>/outcome.json      how the run ended; until then it is tried again
+runs/<run>/lock              held by the ServerApp that works on it
 """
 
 import fcntl

@@ -1,65 +1,38 @@
 """A deployed run: from its job to its end, in the ServerApp's process."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedlora.data.own import CLIENTS, held_out_only
 from flwr.serverapp import Grid
 
 from fedlora.adapter import AdapterState
 from fedlora.checkpoint import RunStore
-from fedlora.config.job import Job, ScenarioSection
+from fedlora.config.job import Job
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
-from fedlora.data.own import CLIENTS, held_out_only
-from fedlora.errors import EXIT_FAILED, ConfigError, FedloraError, QuorumFailed
+from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed
+from fedlora.logs import configure_from_environment, log_context
 from fedlora.models.loaded import load
 from fedlora.server.blob_store import BlobStore
+from fedlora.server.deployable import check_deployable, wanted_clients
+from fedlora.server.event_log import log_event
 from fedlora.server.flower_link import FlowerLink
-from fedlora.server.home import Home, Outcome, Place
+from fedlora.server.home import Home, Outcome
+from fedlora.server.journal import Event
 from fedlora.server.mail import Mail
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers
 from fedlora.server.results import close, is_finished, save
 from fedlora.server.run import Emit, Run
-from fedlora.server.run_parts import Event
 from fedlora.server.settings import ServerSettings
 from fedlora.server.soundness import global_adapter
 from fedlora.strategies.base import StrategyState
 from fedlora.tickets import ticket_key
-
-
-def check_deployable(job: Job) -> None:
-    """Refuses what only a simulation can do.
-
-    Raises:
-        ConfigError: all problems together.
-    """
-    problems = []
-    if job.scenario != ScenarioSection():
-        problems.append(
-            "[scenario] invents what real clients do; remove it, or use: fedlora simulate"
-        )
-    if job.evaluation.baselines:
-        problems.append(
-            "evaluation.baselines needs the data of all clients in one place; set it to [], or "
-            "use: fedlora simulate"
-        )
-    if job.federation.mode == "async":
-        problems.append(
-            'federation.mode = "async" runs in a simulation only so far; set it to "sync"'
-        )
-    if not job.federation.clients_per_round and not job.partition.clients:
-        problems.append(
-            "partition.clients = 0: a deployed run must know for how many clients it waits; set "
-            "it, or federation.clients_per_round"
-        )
-    if problems:
-        raise ConfigError(*problems)
 
 
 def work_on(home: Home, run: str, grid: Grid) -> None:
@@ -70,14 +43,20 @@ def work_on(home: Home, run: str, grid: Grid) -> None:
         RunFolderError: another process works on it.
     """
     place = home.place(run)
-    with place.working():
+    configure_from_environment()
+    with place.working(), log_context(run=run):
         journal = MetricsLog(place.events)
         try:
             settings = ServerSettings.read(home)
             store = BlobStore(home.exchange)
             offers = Offers(store, ticket_key(home.ticket_key), run, settings.exchange)
             job = load_job(place.job)
-            deploy(job, grid, place.folder, offers, journal.append, run, settings.device, journal)
+
+            def emit(event: Event) -> None:
+                journal.append(event)
+                log_event(event)
+
+            deploy(job, grid, place.folder, offers, emit, run, settings.device, journal)
         except FedloraError as e:
             journal.append({"event": "failed", "exit_code": e.exit_code, "why": str(e)})
             place.end(Outcome("failed", e.exit_code, str(e)))
@@ -87,6 +66,9 @@ def work_on(home: Home, run: str, grid: Grid) -> None:
             journal.append({"event": "failed", "exit_code": EXIT_FAILED, "why": why})
             place.end(Outcome("failed", EXIT_FAILED, why))
             raise
+        # the last commit may be older than this process
+        if not any(event["event"] == "end" for event in journal.read()):
+            emit({"event": "end", "round": job.federation.rounds})
         place.end(Outcome("finished", 0))
         store.remove_run(run)
 
@@ -122,7 +104,7 @@ def deploy(
     run = Run(job, loaded, emit)
     mail = Mail(grid)
     nodes = Nodes(mail, run.spec.rank, emit)
-    wanted, enough = _wanted(job)
+    wanted, enough = wanted_clients(job)
     link = FlowerLink(
         dump_job(job),
         mail,
@@ -151,17 +133,8 @@ def deploy(
             journal.reconcile(store, store.load().round)
         state = run.go(store, link, evaluate=_evaluation(run), quorum=enough)
         _finish(run, store, state, len(clients))
-        emit({"event": "end", "round": state.round})
     finally:
         store.close()
-
-
-def _wanted(job: Job) -> tuple[int, int]:
-    """Clients to wait for at the start, and the quorum."""
-    federation = job.federation
-    wanted = job.partition.clients or federation.clients_per_round or 1
-    chosen = min(federation.clients_per_round or wanted, wanted)
-    return wanted, federation.quorum or max(1, math.ceil(2 * chosen / 3))
 
 
 def _evaluation(

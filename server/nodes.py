@@ -8,8 +8,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedlora import __version__
 from fedlora.flower_records import CONFIG, QUERY, text
+from fedlora.server.journal import Event
 from fedlora.server.mail import Mail
-from fedlora.server.run_parts import Event
 from fedlora.strategies.base import ClientInfo
 
 # a node that did not answer is greeted again after so many seconds
@@ -91,7 +91,7 @@ class Nodes:
         if reply.has_error():
             self._refuse(node, f"its ClientApp failed: {reply.error.reason}")
             return
-        fields = reply.content.config_records.get(CONFIG, {})
+        fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
         if error := text(fields, "error"):
             # its worker may come up yet: it is greeted again
             self._greeted[node] = ("", time.monotonic())

@@ -22,6 +22,7 @@ class Receipt:
         client, node: of the ticket it was sent with.
         sha256, size_bytes: of the payload.
         manifest: as the client sent it, not yet believed.
+        bytes_down: what the client says it fetched.
     """
 
     client: str
@@ -29,6 +30,7 @@ class Receipt:
     sha256: str
     size_bytes: int
     manifest: bytes
+    bytes_down: int = 0
 
 
 def encode_receipt(receipt: Receipt) -> bytes:
@@ -49,7 +51,7 @@ def decode_receipt(data: bytes) -> Receipt:
         receipt = Receipt(**value)
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise StorageError(f"not a receipt of an upload: {e}") from e
-    counts = (receipt.node, receipt.size_bytes)
+    counts = (receipt.node, receipt.size_bytes, receipt.bytes_down)
     if (
         not isinstance(receipt.client, str)
         or any(type(count) is not int or count < 0 for count in counts)

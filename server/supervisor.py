@@ -5,15 +5,21 @@ import os
 import socket
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from fedlora.errors import ConfigError
+from fedlora.health import Health, HealthServer
 from fedlora.processes import Child
 from fedlora.server.control import FlowerControl
 from fedlora.server.home import HOME_VARIABLE, Home
 from fedlora.server.keeper import Keeper
 from fedlora.server.settings import ServerSettings
+from fedlora.telemetry.journal import JournalMetrics
+from fedlora.telemetry.processes import ProcessMetrics
 from fedlora.tls import TlsFiles
 
 log = logging.getLogger(__name__)
@@ -44,6 +50,8 @@ class ServerOptions:
         enrol: drop-box of certificate requests that are signed unseen.
         device: of the server's own evaluations.
         allow_plugins: jobs may bring the file of their strategy.
+        health: HOST:PORT of the health endpoint; None for none.
+        logging: variables by which its processes log alike.
     """
 
     home: Path
@@ -55,6 +63,8 @@ class ServerOptions:
     enrol: Path | None = None
     device: str = "cpu"
     allow_plugins: bool = False
+    health: str | None = None
+    logging: Mapping[str, str] = field(default_factory=dict)
 
 
 class ServerSupervisor:
@@ -84,7 +94,10 @@ class ServerSupervisor:
         ServerSettings(f":{options.port}", options.device, options.allow_plugins).write(self.home)
         control = FlowerControl(options.flower_port, options.tls.ca if options.tls else None)
         keeper = Keeper(self.home, control)
+        health = self._health()
         try:
+            if health is not None:
+                health.start()
             for child in self.children:
                 child.start()
             while not self.stopped.wait(TEND_S):
@@ -96,16 +109,35 @@ class ServerSupervisor:
             for child in reversed(self.children):
                 child.stop()
             control.close()
+            if health is not None:
+                health.stop()
+
+    def status(self) -> Health:
+        """How its processes are; it takes work once the exchange does."""
+        parts = tuple(child.part() for child in self.children)
+        is_ready = all(part.is_alive for part in parts) and _answers(self.options.port)
+        return Health(parts, is_ready)
 
     def stop(self) -> None:
         """Ends `run`; may be called from a signal handler."""
         self.stopped.set()
 
+    def _health(self) -> HealthServer | None:
+        if self.options.health is None:
+            return None
+        registry = CollectorRegistry()
+        registry.register(ProcessMetrics(self.status))
+        registry.register(JournalMetrics(self._journals))
+        return HealthServer(self.options.health, self.status, registry)
+
+    def _journals(self) -> dict[Path, str]:
+        return {place.events: place.run for place in self.home.places()}
+
     def _children(self) -> list[Child]:
         options, logs = self.options, self.home.folder / "logs"
         python = [sys.executable, "-m"]
         tls = options.tls
-        environment = {**QUIET, HOME_VARIABLE: str(self.home.folder)}
+        environment = {**QUIET, HOME_VARIABLE: str(self.home.folder), **self.options.logging}
         link = [*python, "fedlora.server.superlink", "--host", options.host]
         link += ["--port", str(options.flower_port), "--isolation", "process"]
         link += ["--database", str(self.home.flower / "superlink.db")]
@@ -153,3 +185,11 @@ def check_port(host: str, port: int, option: str) -> None:
                 f"{option} {port}: {host}:{port} cannot be listened on ({e.strerror}); stop what "
                 f"uses it, or choose another port with {option}"
             ) from e
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), 1.0):
+            return True
+    except OSError:
+        return False

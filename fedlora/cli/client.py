@@ -1,13 +1,20 @@
 """`fedlora client`."""
 
 import signal
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
+from fedlora.cli.server import tls_files
 from fedlora.client.supervisor import ClientOptions, ClientSupervisor, Seat
+from fedlora.enrolment import enrol
 from fedlora.errors import ConfigError
+from fedlora.tls import TlsFiles
 
 # `--partition auto` looks no further for a free place
 MOST_PARTITIONS = 100_000
+# seconds until the server must have signed a request
+ENROL_S = 300.0
 
 
 def take_seat(home: Path, name: str | None, partition: str | None, data: str | None) -> Seat:
@@ -46,6 +53,29 @@ def take_seat(home: Path, name: str | None, partition: str | None, data: str | N
             f"--home {home} is in use by another client; give each client a folder of its own"
         )
     return seat
+
+
+def client_tls(
+    seat: Seat, certs: Path | None, enrolment: Path | None, *, insecure: bool
+) -> TlsFiles | None:
+    """The client's certificate, asked for by a shared folder if there is one.
+
+    Raises:
+        ConfigError: the options do not go together.
+        CertificateError: the certificate cannot be used, or none came in time.
+    """
+    if enrolment is None:
+        return tls_files(certs, "client", insecure=insecure)
+    if insecure:
+        raise ConfigError("--insecure and --enrol were both given; leave one out")
+    return enrol(
+        enrolment,
+        seat.name,
+        certs or seat.home / "certs",
+        patience_s=ENROL_S,
+        wait=time.sleep,
+        now=lambda: datetime.now(UTC),
+    )
 
 
 def run_client(options: ClientOptions) -> None:

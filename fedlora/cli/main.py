@@ -8,6 +8,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from fedlora.cli.certs import app as certs_app
 from fedlora.cli.strategy import app as strategy_app
 from fedlora.errors import EXIT_INTERRUPTED, EXIT_USAGE, FedloraError
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 
 app.add_typer(strategy_app, name="strategy")
+app.add_typer(certs_app, name="certs")
 
 Override = Annotated[
     list[str] | None,
@@ -47,21 +49,30 @@ Certs = Annotated[
     Path | None, typer.Option(help="Folder with ca.crt, and this party's certificate and key.")
 ]
 Insecure = Annotated[bool, typer.Option(help="Plain text: for trials on one machine.")]
+Health = Annotated[
+    str | None, typer.Option(help="HOST:PORT that answers /health, /ready and /metrics.")
+]
+LogJson = Annotated[bool, typer.Option(help="Log in JSON, a line each.")]
 Server = Annotated[str, typer.Option(help="HOST:PORT of the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("job.toml"),
+    path: Annotated[
+        Path | None, typer.Argument(help="Where to write it; by default job.toml here.")
+    ] = None,
+    policy: Annotated[
+        bool, typer.Option("--policy", help="Write the policy.toml of a site instead.")
+    ] = False,
 ) -> None:
-    """Write a commented job.toml with every option and its default.
+    """Write a commented job.toml (or policy.toml) with every option and its default.
 
     Example: fedlora init job.toml
     """
     from fedlora.cli.init import run_init
 
-    run_init(path)
+    run_init(path, policy=policy)
 
 
 @app.command()
@@ -118,17 +129,33 @@ def server(
     allow_plugins: Annotated[
         bool, typer.Option(help="Jobs may bring a strategy's file: code that runs here.")
     ] = False,
+    health: Health = None,
+    log_json: LogJson = False,
 ) -> None:
     """Run the server of a consortium until it is told to stop.
 
     Example: fedlora server --home /var/lib/fedlora --host 0.0.0.0 --certs certs/server
     """
     from fedlora.cli.server import run_server, tls_files
+    from fedlora.logs import configure, environment
     from fedlora.server.supervisor import ServerOptions
 
+    configure(log_json)
     tls = tls_files(certs, "server", insecure=insecure)
     run_server(
-        ServerOptions(home, host, port, flower_port, tls, ca, enrol, device, allow_plugins)
+        ServerOptions(
+            home=home,
+            host=host,
+            port=port,
+            flower_port=flower_port,
+            tls=tls,
+            ca_folder=ca,
+            enrol=enrol,
+            device=device,
+            allow_plugins=allow_plugins,
+            health=health,
+            logging=environment(log_json),
+        )
     )
 
 
@@ -149,22 +176,36 @@ def client(
     ] = None,
     certs: Certs = None,
     insecure: Insecure = False,
+    enrol: Annotated[
+        Path | None,
+        typer.Option(help="Ask for a certificate by this shared folder, where the server looks."),
+    ] = None,
     policy: Annotated[Path | None, typer.Option(help="What this site permits.")] = None,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     rank: Annotated[int, typer.Option(min=0, help="Largest rank it can train; 0 for any.")] = 0,
+    idle: Annotated[
+        float, typer.Option(min=1, help="Seconds without work until the model leaves memory.")
+    ] = 600.0,
+    health: Health = None,
+    log_json: LogJson = False,
 ) -> None:
     """Take part in a consortium until told to stop.
 
     Example: fedlora client --server fl.example.org:8443 --name site-0 --data rows.jsonl
     --home /var/lib/fedlora --certs certs/site-0
     """
-    from fedlora.cli.client import run_client, take_seat
-    from fedlora.cli.server import tls_files
+    from fedlora.cli.client import client_tls, run_client, take_seat
     from fedlora.client.supervisor import ClientOptions
+    from fedlora.logs import configure, environment
 
+    configure(log_json)
     seat = take_seat(home, name, partition, data)
-    tls = tls_files(certs, "client", insecure=insecure)
-    run_client(ClientOptions(server, seat, data, tls, policy, device, rank))
+    tls = client_tls(seat, certs, enrol, insecure=insecure)
+    run_client(
+        ClientOptions(
+            server, seat, data, tls, policy, device, rank, idle, health, environment(log_json)
+        )
+    )
 
 
 @app.command(name="run")

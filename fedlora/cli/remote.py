@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.cli.server import find_certificate
 from fedlora.client.operator import Operator
 from fedlora.errors import RunFolderError
 from fedlora.storage import write_atomic
-from fedlora.tls import TlsFiles
 
 REMOTE = "remote.json"
 
@@ -54,5 +54,5 @@ class Remote:
         Raises:
             ConfigError: the certificate cannot be used.
         """
-        tls = TlsFiles.load(Path(self.certs), "operator") if self.certs else None
+        tls = find_certificate(Path(self.certs)) if self.certs else None
         return Operator(self.server, tls)

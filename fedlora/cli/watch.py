@@ -50,9 +50,7 @@ def watch_server(server: str, tls: TlsFiles | None, run: str, *, as_json: bool) 
     _show(operator.follow(run), Job(), Path(run), as_json=as_json)
 
 
-def _show(
-    events: Iterator[dict[str, Any]], job: Job, folder: Path, *, as_json: bool
-) -> None:
+def _show(events: Iterator[dict[str, Any]], job: Job, folder: Path, *, as_json: bool) -> None:
     failed = None
     with LiveView(job, folder, quiet=as_json) as view:
         for event in events:
