@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from fedlora.client.order import Order
 from fedlora.client.outbox import Kept
 from fedlora.client.parts import Parts
+from fedlora.client.policy import Policy
 from fedlora.errors import TransferError
 
 
@@ -35,19 +36,17 @@ class Courier:
         order: says where to and with which tickets.
         parts: what was fetched in earlier rounds.
         connect: opens the exchange, when the first byte has to move.
-        permit: hears of all bytes down and up so far, and raises if they are too many.
+        policy: how many bytes this site permits.
 
     Attributes:
         down, up: bytes that went over the exchange.
     """
 
-    def __init__(
-        self, order: Order, parts: Parts, connect: Connect, permit: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, order: Order, parts: Parts, connect: Connect, policy: Policy) -> None:
         self.order = order
         self.parts = parts
         self.connect = connect
-        self.permit = permit
+        self.policy = policy
         self.down = self.up = 0
         self._stack = ExitStack()
         self._exchange: Transfer | None = None
@@ -68,6 +67,7 @@ class Courier:
 
         Raises:
             TransferError: it cannot be had.
+            PolicyError: these are more bytes than the site permits.
             StorageError: the disk refused.
         """
         if not self.order.exchange:
@@ -78,7 +78,7 @@ class Courier:
         if data is None:
             data = self._open().fetch(self.order.download_ticket, digest)
             self.down += len(data)
-            self.permit(self.down, self.up)
+            self.policy.check_bytes(down=self.down)
             self.parts.keep(digest, data)
         return data
 
@@ -87,9 +87,9 @@ class Courier:
 
         Raises:
             TransferError: it was refused, or could not be sent.
+            PolicyError: these are more bytes than the site permits.
         """
-        size = kept.payload.stat().st_size
-        self.permit(self.down, size)
+        self.policy.check_bytes(up=kept.payload.stat().st_size)
         if not self.order.exchange:
             return kept.payload.read_bytes()
         self.up = self._open().send(

@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from fedlora.client.courier import Connect, Courier
 from fedlora.client.order import Order
 from fedlora.client.outbox import Outbox
 from fedlora.client.parts import Parts
+from fedlora.client.policy import Policy
 from fedlora.client.resident import Resident
 from fedlora.client.site import site_for
 from fedlora.config.job import Job
@@ -19,16 +19,18 @@ from fedlora.errors import (
     DataError,
     FedloraError,
     ModelError,
+    PolicyError,
     TrainingError,
     TransferError,
     WorkRefused,
 )
-from fedlora.messages import ClientUpdate, RoundPlan
+from fedlora.messages import ClientUpdate
 from fedlora.models.loaded import Loaded
 from fedlora.training.trainer import Progress
 from fedlora.wire import encode_update
 
 CODES: dict[type[FedloraError], str] = {
+    PolicyError: "POLICY",
     ConfigError: "JOB",
     ModelError: "BASE",
     AdapterError: "SPEC",
@@ -36,16 +38,6 @@ CODES: dict[type[FedloraError], str] = {
     TrainingError: "TRAINING",
     TransferError: "TRANSFER",
 }
-
-
-class Policy(Protocol):
-    """What a site permits; every method raises a FedloraError for what it does not."""
-
-    def check_job(self, job: Job) -> None: ...
-
-    def check_plan(self, plan: RoundPlan) -> None: ...
-
-    def check_bytes(self, *, down: int, up: int) -> None: ...
 
 
 # stage, steps done, steps planned
@@ -86,11 +78,11 @@ class Duty:
         folder: its own; outlives the process.
         resident: model and data.
         connect: opens the exchange at HOST:PORT.
-        policy: what this site permits; None permits everything.
+        policy: what this site permits.
     """
 
     def __init__(
-        self, name: str, folder: Path, resident: Resident, connect: Connect, policy: Policy | None
+        self, name: str, folder: Path, resident: Resident, connect: Connect, policy: Policy
     ) -> None:
         self.name = name
         self.folder = folder
@@ -127,8 +119,9 @@ class Duty:
                 f"the work is for client {plan.client!r}, this is {self.name!r}; give every "
                 "client a name of its own, the same at the server and here",
             )
-        if self.policy is not None:
-            self._permit(self.policy, order)
+        here = self.resident.as_here(order.job)
+        self.policy.check_job(here)
+        self.policy.check_broadcast(order.broadcast)
         first_step = 0.0
 
         def progress(done: int, planned: int) -> None:
@@ -138,11 +131,11 @@ class Duty:
 
         own = self.folder / "runs" / plan.run
         parts = Parts(own / "parts")
-        with Courier(order, parts, self.connect, self._permit_bytes) as courier:
+        with Courier(order, parts, self.connect, self.policy) as courier:
             kept = self.outbox.find(order.key)
             was_kept = kept is not None
             if kept is None:
-                update = self._train(order, own, courier, say, progress)
+                update = self._train(order, here, own, courier, say, progress)
                 parts.prune(set(order.broadcast.parts.values()))
                 kept = self.outbox.keep(order.key, *encode_update(update))
             say("sending", 0, 0)
@@ -158,31 +151,17 @@ class Duty:
             )
 
     def _train(
-        self, order: Order, own: Path, courier: Courier, say: Say, progress: Progress
+        self, order: Order, job: Job, own: Path, courier: Courier, say: Say, progress: Progress
     ) -> ClientUpdate:
-        if not self.resident.holds(order.job):
+        if not self.resident.holds(job):
             say("loading", 0, 0)
-        loaded = self.resident.hold(order.job)
+        loaded = self.resident.hold(job)
+        self.policy.check_base(loaded.base.fingerprint)
         _check_base(order, loaded)
         say("fetching", 0, 0)
         data = loaded.data.clients[self.name]
-        site = site_for(order.job, loaded, self.name, data, own / "clients" / self.name)
+        site = site_for(job, loaded, self.name, data, own / "clients" / self.name)
         return site.work(order.manifest, courier.fetch, progress)
-
-    def _permit(self, policy: Policy, order: Order) -> None:
-        try:
-            policy.check_job(order.job)
-            policy.check_plan(order.broadcast.plan)
-        except FedloraError as e:
-            raise WorkRefused("POLICY", str(e)) from e
-
-    def _permit_bytes(self, down: int, up: int) -> None:
-        if self.policy is None:
-            return
-        try:
-            self.policy.check_bytes(down=down, up=up)
-        except FedloraError as e:
-            raise WorkRefused("POLICY", str(e)) from e
 
 
 def _check_base(order: Order, loaded: Loaded) -> None:

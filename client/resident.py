@@ -7,7 +7,8 @@ import json
 import torch
 
 from fedlora.config.job import Job
-from fedlora.models.loaded import Loaded, ReadData, load_for_client
+from fedlora.data.own import OwnData
+from fedlora.models.loaded import Loaded, load_for_client
 
 
 class Resident:
@@ -18,7 +19,7 @@ class Resident:
         device: the site's own device, whatever the job says.
     """
 
-    def __init__(self, read: ReadData, device: str) -> None:
+    def __init__(self, read: OwnData, device: str) -> None:
         self.read = read
         self.device = device
         self._loaded: Loaded | None = None
@@ -29,12 +30,20 @@ class Resident:
         """Of the base model in memory; empty when there is none."""
         return self._loaded.base.fingerprint if self._loaded else ""
 
+    def as_here(self, job: Job) -> Job:
+        """The job with this site's own device and data."""
+        run = job.run.model_copy(update={"device": self.device})
+        source = self.read.source or job.data.source
+        return job.model_copy(
+            update={"run": run, "data": job.data.model_copy(update={"source": source})}
+        )
+
     def holds(self, job: Job) -> bool:
         """What the job needs is in memory."""
         return self._loaded is not None and self._key == _key(job)
 
     def hold(self, job: Job) -> Loaded:
-        """Model and data of the job; what another job left is freed first.
+        """Model and data of a job as it is here; what another job left is freed first.
 
         Raises:
             ConfigError, DataError, ModelError, AdapterError: see `load`.
@@ -44,8 +53,7 @@ class Resident:
         if self._loaded is not None and self.holds(job):
             return self._loaded
         self.drop()
-        run = job.run.model_copy(update={"device": self.device})
-        self._loaded = load_for_client(job.model_copy(update={"run": run}), self.read)
+        self._loaded = load_for_client(job, self.read)
         self._key = _key(job)
         return self._loaded
 
@@ -71,5 +79,6 @@ def _key(job: Job) -> str:
         "partition": job.partition.model_dump(mode="json"),
         "adapter": job.adapter.model_dump(mode="json"),
         "seed": job.run.seed,
+        "device": job.run.device,
     }
     return json.dumps(parts, sort_keys=True)
