@@ -8,9 +8,11 @@ the next; the first one, which loads models, is left out. Writes results/noop_ro
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,6 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def follow(runs: Path, run: str) -> dict[str, Any]:
     """Reads the run's events as they come."""
-    import threading
-
     at: list[float] = []
     stages: list[dict[str, float]] = []
     for line in FollowedFolders(runs).follow(run, 0, threading.Event()):
@@ -57,7 +57,7 @@ def follow(runs: Path, run: str) -> dict[str, Any]:
             at.append(time.perf_counter())
             stages.append(event["seconds"])
     # the last round also evaluates
-    seconds = [later - earlier for earlier, later in zip(at, at[1:], strict=False)][:-1]
+    seconds = [later - earlier for earlier, later in itertools.pairwise(at)][:-1]
     return {"seconds": seconds, "stages": stages[1:-1]}
 
 
