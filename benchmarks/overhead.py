@@ -47,8 +47,9 @@ from fedlora.errors import AdapterError
 from fedlora.messages import ClientUpdate
 from fedlora.seeds import generator
 from fedlora.server.admission import Limits
+from fedlora.server.journal import Event
 from fedlora.server.rounds import resume_state, run_rounds
-from fedlora.server.run_parts import Event, RoundSettings, RunParts
+from fedlora.server.run_parts import RoundSettings, RunParts
 from fedlora.simulation.local import LocalLink
 from fedlora.simulation.scenario import Scenario
 from fedlora.strategies.base import Conditions

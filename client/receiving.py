@@ -8,10 +8,10 @@ from torch import Tensor
 from fedlora.adapter import AdapterSpec, AdapterState, Tensors, tensors_digest, trained_shapes
 from fedlora.adapters.base import Method
 from fedlora.errors import AdapterError
-from fedlora.messages import HEADS, Broadcast, Start
+from fedlora.messages import HEADS, Broadcast, Coding, Start, part_coding
 from fedlora.strategies.base import cut
 from fedlora.strategies.plan_check import plan_problem
-from fedlora.wire import Shapes, decode_part, encode_tensors, sha256
+from fedlora.wire import Shapes, decode_coded, decode_part, encode_coded, sha256
 
 Fetch = Callable[[str], bytes]
 
@@ -49,6 +49,7 @@ def receive(
             f"{spec.digest()[:12]}; both must hold the same base model, method, rank, "
             "targets and basis"
         )
+    down = Coding(broadcast.plan.down)
     drawn = _drawn(broadcast, full, spec, method)
     tensors: dict[str, Tensor] = {}
     fold: dict[str, dict[str, Tensor]] = {}
@@ -62,16 +63,17 @@ def receive(
                 )
             continue
         shapes = _shapes(part, broadcast, spec, method)
+        coding = part_coding(part, down)
         if part.startswith(FOLD):
-            fold[part.removeprefix(FOLD)] = decode_part(fetch(digest), digest, shapes)
+            fold[part.removeprefix(FOLD)] = decode_part(fetch(digest), digest, shapes, coding)
         elif part == "control":
-            control = decode_part(fetch(digest), digest, shapes)
+            control = decode_part(fetch(digest), digest, shapes, coding)
         elif part.removeprefix(FACTOR) in broadcast.plan.kept and _holds(kept, shapes):
             tensors.update({name: kept[name] for name in shapes})
         elif digest in drawn:
             tensors.update(drawn[digest])
         else:
-            tensors.update(decode_part(fetch(digest), digest, shapes))
+            tensors.update(decode_part(fetch(digest), digest, shapes, coding))
     missing = trained_shapes(spec, method).keys() - tensors.keys()
     if broadcast.plan.control and "control" not in broadcast.parts:
         missing |= {"control"}
@@ -115,13 +117,17 @@ def _drawn(
         for layer in full.layers
         for factor, tensor in method.fresh(layer, seed).items()
     }
+    down = Coding(broadcast.plan.down)
     own = cut(AdapterState(full, whole), spec.rank, method).tensors
     found = {}
     for part in broadcast.parts:
         if part.startswith(FACTOR):
             factor = part.removeprefix(FACTOR)
             tensors = {name: t for name, t in own.items() if name.endswith(f".{factor}")}
-            found[sha256(encode_tensors(tensors))] = tensors
+            # what is drawn must be what a client that fetches it would find
+            data = encode_coded(tensors, down)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            found[sha256(data)] = decode_coded(data, shapes, down)
     return found
 
 

@@ -18,10 +18,12 @@ from fedlora.adapter import (
 )
 from fedlora.adapters import METHODS
 from fedlora.adapters.inject import AdaptedModel
-from fedlora.adapters.slots import pack
+from fedlora.adapters.slots import pack, unpack
+from fedlora.client.feedback import add_feedback, followed, still_owed
 from fedlora.client.receiving import Fetch, receive
 from fedlora.client.slot_choice import choose_slots, slot_freeze
 from fedlora.client.state import ClientState
+from fedlora.compress import round_trip
 from fedlora.config.job import Job, TrainingSection
 from fedlora.data.federated import ClientData
 from fedlora.errors import AdapterError
@@ -46,7 +48,8 @@ class Site:
         pad_id: padding token.
         seed: the run's seed.
         rounds: rounds of the run, for the learning-rate schedule.
-        state: where moments, kept tensors and control variates live between rounds.
+        state: where moments, kept tensors, control variates and what coding took from
+            updates live between rounds.
     """
 
     def __init__(
@@ -110,8 +113,15 @@ class Site:
         trained = self.adapted.state().tensors
         delta = {name: trained[name] - held[name] for name in sent}
         control = self._new_control(plan, start, delta, own_control, result.rate_sum)
+        control_change = {name: control[name] - own_control[name] for name in control}
+        if not plan.coding.plain:
+            control = followed(own_control, control_change, plan.coding)
+        owed = _group(memory, "feedback") if plan.feedback else {}
+        delta = add_feedback(delta, owed)
+        if plan.feedback:
+            owed = still_owed(delta, self._received(plan, spec, delta, masks), owed)
         # a factor that is not trained this round keeps its control variate
-        self._remember(plan, spec, trained, result.moments, {**remembered, **control})
+        self._remember(plan, spec, trained, result.moments, {**remembered, **control}, owed)
         if masks is not None:
             delta = pack(delta, spec, plan.sent, masks)
         metrics = {"num_tokens": float(result.count)}
@@ -128,9 +138,19 @@ class Site:
             delta=AdapterState(spec, delta),
             num_examples=len(self.data.train),
             metrics=metrics,
-            control={name: control[name] - own_control[name] for name in control},
+            control=control_change,
             slots=masks,
+            coding=plan.coding,
         )
+
+    def _received(
+        self, plan: RoundPlan, spec: AdapterSpec, delta: Tensors, masks: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """What the server makes of `delta`, at full rank."""
+        if masks is None:
+            return round_trip(delta, plan.coding)
+        packed = round_trip(pack(delta, spec, plan.sent, masks), plan.coding)
+        return unpack(packed, spec, plan.sent, masks)
 
     def _train(
         self,
@@ -223,8 +243,10 @@ class Site:
         trained: Tensors,
         moments: Tensors,
         control: Tensors,
+        owed: Tensors,
     ) -> None:
         memory = {f"control.{name}": value for name, value in control.items()}
+        memory.update({f"feedback.{name}": value for name, value in owed.items()})
         if plan.optimizer_state == "keep":
             memory.update({f"moments.{name}": value for name, value in moments.items()})
         for name in plan.kept:

@@ -11,7 +11,7 @@ from fedlora.wire import decode_own, encode_tensors, sha256
 
 
 class ClientState:
-    """Named tensors by round: moments, kept factors, control variates.
+    """Named tensors by round: moments, kept factors, control variates, error feedback.
 
     The newest state older than the current round is used, so that a round that is done
     again after a crash starts from what it started from the first time.

@@ -1,8 +1,7 @@
 """Why a server cannot be reached: gRPC says UNAVAILABLE, this says what to mend.
 
-It goes the way of a connection once more by hand: name, TCP, TLS, HTTP/2. Nothing but the
-opening of an HTTP/2 connection (RFC 9113, https://www.rfc-editor.org/rfc/rfc9113, section
-3.4) is ever sent, and that only to a server that has proved who it is, or in plain text.
+It goes the way of a connection once more by hand: name, TCP, TLS, and the opening of HTTP/2
+(RFC 9113, https://www.rfc-editor.org/rfc/rfc9113, section 3.4). Nothing else is sent.
 """
 
 import socket
@@ -68,7 +67,7 @@ def diagnose(host: str, port: int, tls: TlsFiles | None, *, timeout_s: float = 5
         return _passing(f"{where} cannot be reached: {e.strerror or e}; check address and network")
     with connection:
         if tls is None:
-            return _plain(connection, where, host)
+            return _plain(connection, where, host, port, timeout_s)
         return _secured(connection, where, host, port, tls, timeout_s)
 
 
@@ -80,23 +79,20 @@ def _lasting(text: str) -> Diagnosis:
     return Diagnosis(text, lasting=True)
 
 
-def _plain(connection: socket.socket, where: str, host: str) -> Diagnosis:
+def _plain(
+    connection: socket.socket, where: str, host: str, port: int, timeout_s: float
+) -> Diagnosis:
     if _speaks_http2(connection):
         return _passing(
             f"{where} takes plain text and speaks HTTP/2: connection and protocol are well; look "
             "at the server's log"
         )
-    try:
-        with (
-            socket.create_connection(connection.getpeername()[:2], connection.gettimeout()) as new,
-            _anybody().wrap_socket(new, server_hostname=host),
-        ):
-            return _lasting(
-                f"{where} speaks TLS, and the call was in plain text; give the certificate files, "
-                "and leave out --insecure"
-            )
-    except OSError:
-        return _lasting(f"{where} is no HTTP/2 server; check the port")
+    if _server_certificate(host, port, timeout_s) is not None:
+        return _lasting(
+            f"{where} speaks TLS, and the call was in plain text; give the certificate files, and "
+            "leave out --insecure"
+        )
+    return _lasting(f"{where} is no HTTP/2 server; check the port")
 
 
 def _secured(
@@ -170,7 +166,8 @@ def _after_handshake(secured: ssl.SSLSocket, where: str, tls: TlsFiles) -> Diagn
             "is another one)"
         )
     try:
-        secured.sendall(PREFACE)
+        # a gRPC server speaks first. Should it refuse us instead, anything we had sent by then
+        # would make its machine reset the connection, and the alert would be lost
         answer = secured.recv(1)
     except TimeoutError:
         return _passing(f"{where} took our certificate but is silent; look at the server's log")

@@ -5,6 +5,7 @@
     ├── DataError            data file, column, row or partition                  exit 2
     ├── ModelError           base model missing, foreign or of another kind       exit 2
     ├── AdapterError         adapter file or spec that does not fit               exit 2
+    │   └── CodeError        coded values that decode to nothing
     ├── TrainingError        one client cannot train; its update is missing        exit 2
     ├── RunFolderError       run folder corrupt, locked or of another job         exit 2
     ├── JoinRefused          a server that will not have this client as it is     exit 2
@@ -56,6 +57,10 @@ class ModelError(FedloraError):
 
 class AdapterError(FedloraError):
     """An adapter, factor or spec that does not fit where it is used."""
+
+
+class CodeError(AdapterError):
+    """Coded tensors with a value that no encoder makes."""
 
 
 class TrainingError(FedloraError):

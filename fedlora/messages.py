@@ -15,9 +15,55 @@ from fedlora.adapter import AdapterState, LayerSpec, Tensors
 
 OptimizerState = Literal["reset", "keep"]
 Pair = tuple[Tensor, Tensor]
+Scheme = Literal["none", "bf16", "int8", "int4"]
 
 HEADS = "heads"
 CONTROL = "control."
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How tensors travel, see `fedlora.compress`.
+
+    Attributes:
+        scheme: number format; "none" is float32.
+        top_k: part of each tensor's entries that travels, the largest ones; the others are
+            zero for the receiver.
+    """
+
+    scheme: Scheme = "none"
+    top_k: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Tensors travel as they are."""
+        return self == PLAIN
+
+
+PLAIN = Coding()
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What a run codes.
+
+    Attributes:
+        up: updates.
+        down: adapters that are handed out.
+        feedback: clients add to an update what coding took from their earlier ones.
+    """
+
+    up: Coding = PLAIN
+    down: Coding = PLAIN
+    feedback: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Everything travels as it is."""
+        return self.up.plain and self.down.plain
+
+
+UNCOMPRESSED = Compression()
 
 
 @dataclass(frozen=True)
@@ -45,6 +91,9 @@ class RoundPlan:
         tail_weight: weight of that penalty; 0 for none.
         slots: rank slots the client may train, over all layers; 0 for all.
         trial_steps: optimiser steps of the trial that chooses the slots; 0 for one epoch.
+        up, top_k: how the update is coded; see `Coding`.
+        down: how the starting adapter is coded.
+        feedback: the client adds what coding took from its earlier updates.
     """
 
     run: str
@@ -65,11 +114,29 @@ class RoundPlan:
     tail_weight: float = 0.0
     slots: int = 0
     trial_steps: int = 0
+    up: Scheme = "none"
+    top_k: float = 1.0
+    down: Scheme = "none"
+    feedback: bool = False
+
+    @property
+    def coding(self) -> Coding:
+        """How the update is coded."""
+        return Coding(self.up, self.top_k)
 
     @property
     def sent(self) -> tuple[str, ...]:
         """Factors that are trained and sent."""
         return tuple(name for name in self.factors if name not in self.kept)
+
+
+def part_coding(part: str, down: Coding) -> Coding:
+    """How one part of a broadcast is coded.
+
+    The basis and the folds travel as they are: they change the base for good, and so would
+    their rounding.
+    """
+    return down if part in (HEADS, "control") or part.startswith("factor.") else PLAIN
 
 
 @dataclass(frozen=True)
@@ -157,6 +224,7 @@ class ClientUpdate:
         metrics: plain numbers about the client's own training and validation.
         control: change of the client's control variates, by tensor name.
         slots: per layer of the spec, the trained rank slots as a bit mask; None for all.
+        coding: how the tensors are to be coded; those of an admitted update are decoded.
         start: what the client started from; attached on arrival, never sent.
         weight: its weight in the average, not normalised; attached on arrival.
         products: layer -> (L (d, R), Q (R, k)), attached by wrappers that act on the weight
@@ -173,6 +241,7 @@ class ClientUpdate:
     metrics: Mapping[str, float] = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
     slots: tuple[int, ...] | None = None
+    coding: Coding = PLAIN
     start: AdapterState | None = None
     weight: float = 0.0
     products: Callable[[LayerSpec], Pair] | None = None

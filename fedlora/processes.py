@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
+                env={**os.environ, "PATH": _path(), **self.environment},
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
@@ -129,6 +130,11 @@ class Child:
         except OSError:
             return ""
         return "\n".join(text.splitlines()[-count:])
+
+
+def _path() -> str:
+    # Flower starts its own programs by name, also where no environment was activated
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def _end_with_parent() -> None:

@@ -23,8 +23,18 @@ import numpy as np
 import torch
 
 from fedlora.adapter import AdapterSpec, Tensors
+from fedlora.compress import coded_shapes, compress, expand
 from fedlora.errors import AdapterError
-from fedlora.messages import CONTROL, Broadcast, ClientUpdate, OptimizerState, RoundPlan
+from fedlora.messages import (
+    CONTROL,
+    PLAIN,
+    Broadcast,
+    ClientUpdate,
+    Coding,
+    OptimizerState,
+    RoundPlan,
+    Scheme,
+)
 
 MAX_MANIFEST_BYTES = 64 * 1024
 MAX_TENSORS = 4096
@@ -40,6 +50,8 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
 _BY_CODE = {code: dtype for dtype, code in _DTYPES.items()}
 
@@ -184,6 +196,32 @@ def decode_tensors(
     return _decode(data, shapes, dtypes)
 
 
+def coded_layout(shapes: Shapes, coding: Coding) -> Layout:
+    """The layout of the canonical file that float32 tensors of these shapes become."""
+    return layout(shapes) if coding.plain else layout(*coded_shapes(shapes, coding))
+
+
+def encode_coded(tensors: Tensors, coding: Coding) -> bytes:
+    """Canonical safetensors bytes of float32 tensors, coded.
+
+    Raises:
+        AdapterError: see `encode_tensors`.
+    """
+    return encode_tensors(tensors if coding.plain else compress(tensors, coding))
+
+
+def decode_coded(data: bytes, shapes: Shapes, coding: Coding) -> dict[str, torch.Tensor]:
+    """The float32 tensors in `data`, the canonical file for `shapes`, coded.
+
+    Raises:
+        AdapterError: length or header differ by a single byte.
+        CodeError: a value that no encoder makes.
+    """
+    if coding.plain:
+        return decode_tensors(data, shapes)
+    return expand(decode_tensors(data, *coded_shapes(shapes, coding)), shapes, coding)
+
+
 def _decode(
     data: bytes, shapes: Shapes, dtypes: Mapping[str, torch.dtype] | torch.dtype
 ) -> dict[str, torch.Tensor]:
@@ -229,6 +267,10 @@ PLAN_FIELDS: dict[str, type | tuple[type, ...]] = {
     "tail_weight": (int, float),
     "slots": int,
     "trial_steps": int,
+    "up": str,
+    "top_k": (int, float),
+    "down": str,
+    "feedback": bool,
 }
 MAX_FOLD_VERSIONS = 1024
 
@@ -264,6 +306,9 @@ def decode_broadcast(manifest: bytes) -> Broadcast:
         or plan["rank"] < 1
         or min(counts) < 0
         or plan["optimizer_state"] not in get_args(OptimizerState)
+        or plan["up"] not in get_args(Scheme)
+        or plan["down"] not in get_args(Scheme)
+        or not 0 < plan["top_k"] <= 1
         or not all(isinstance(text, str) for text in texts)
         or not all(DIGEST.fullmatch(digest) for digest in parts.values())
         or not all(NAME.fullmatch(part) for part in parts)
@@ -279,17 +324,20 @@ def decode_broadcast(manifest: bytes) -> Broadcast:
     )
 
 
-def decode_part(data: bytes, digest: str, shapes: Shapes) -> dict[str, torch.Tensor]:
+def decode_part(
+    data: bytes, digest: str, shapes: Shapes, coding: Coding = PLAIN
+) -> dict[str, torch.Tensor]:
     """The tensors of one part of a broadcast.
 
     Raises:
-        AdapterError: another digest or another header than expected.
+        AdapterError: another digest or another header than expected, or a value that no
+            encoder makes.
     """
     if sha256(data) != digest:
         raise AdapterError(
             f"a part of the broadcast has digest {sha256(data)[:12]}, not {digest[:12]}"
         )
-    return decode_tensors(data, shapes)
+    return decode_coded(data, shapes, coding)
 
 
 UPDATE_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -323,7 +371,7 @@ def _spec_digest(spec: AdapterSpec) -> str:
 def encode_update(update: ClientUpdate) -> tuple[bytes, bytes]:
     """(manifest, payload) of a client's update."""
     control = {f"{CONTROL}{name}": tensor for name, tensor in update.control.items()}
-    payload = encode_tensors({**update.delta.tensors, **control})
+    payload = encode_coded({**update.delta.tensors, **control}, update.coding)
     value = {
         "run": update.run,
         "round": update.round,

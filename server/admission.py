@@ -12,9 +12,9 @@ import torch
 
 from fedlora.adapter import AdapterSpec, AdapterState
 from fedlora.adapters.slots import packed_shapes, unpack
-from fedlora.errors import AdapterError, UpdateRejected
-from fedlora.messages import CONTROL, ClientUpdate
-from fedlora.wire import Shapes, decode_tensors, decode_update_manifest, layout, sha256
+from fedlora.errors import AdapterError, CodeError, UpdateRejected
+from fedlora.messages import CONTROL, PLAIN, ClientUpdate, Coding
+from fedlora.wire import Shapes, coded_layout, decode_coded, decode_update_manifest, sha256
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Expectation:
         shapes: of every tensor at full rank, control variates included.
         slots: most rank slots the reply may hold; 0 when all must be there.
         factors: factors that are sent.
+        coding: how the tensors are coded.
     """
 
     run: str
@@ -39,6 +40,7 @@ class Expectation:
     size_bytes: int
     slots: int = 0
     factors: tuple[str, ...] = ()
+    coding: Coding = PLAIN
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Limits:
     uniform: bool = False
 
 
-def expected_size(shapes: Shapes) -> int:
-    """Bytes of the canonical float32 payload for `shapes`."""
-    return layout(shapes).total
+def expected_size(shapes: Shapes, coding: Coding = PLAIN) -> int:
+    """Bytes of the canonical payload for float32 tensors of `shapes`, coded."""
+    return coded_layout(shapes, coding).total
 
 
 def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits) -> ClientUpdate:
@@ -66,7 +68,7 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
 
     Raises:
         UpdateRejected: with one of the codes MANIFEST, CLIENT, STALE, SPEC, SIZE, DIGEST,
-            SLOTS, HEADER, NOT_FINITE, NORM, WEIGHT.
+            SLOTS, HEADER, CODE, NOT_FINITE, NORM, WEIGHT.
     """
     client = expected.client
 
@@ -101,11 +103,13 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
         raise reject("SLOTS", why)
     try:
         if masks is None:
-            tensors = decode_tensors(payload, expected.shapes)
+            tensors = decode_coded(payload, expected.shapes, expected.coding)
         else:
             shapes = packed_shapes(expected.spec, expected.factors, masks)
-            packed = decode_tensors(payload, shapes)
+            packed = decode_coded(payload, shapes, expected.coding)
             tensors = unpack(packed, expected.spec, expected.factors, masks)
+    except CodeError as e:
+        raise reject("CODE", str(e)) from e
     except AdapterError as e:
         raise reject("HEADER", str(e)) from e
     squares = 0.0

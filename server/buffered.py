@@ -25,9 +25,10 @@ from fedlora.linalg import stack
 from fedlora.messages import ClientUpdate, LazyTensors, Pair
 from fedlora.seeds import generator
 from fedlora.server.handout import Handout
+from fedlora.server.journal import Event
 from fedlora.server.link import AsyncLink
 from fedlora.server.merge import Received, Stopwatch, merge
-from fedlora.server.run_parts import Event, RunParts
+from fedlora.server.run_parts import RunParts
 from fedlora.server.soundness import global_adapter
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import ClientInfo, Strategy, StrategyState

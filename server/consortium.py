@@ -13,10 +13,10 @@ from fedlora.config.load import load_job, parse_job_text
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.protos import consortium_pb2 as pb
 from fedlora.protos.consortium_pb2_grpc import ConsortiumServicer
+from fedlora.server.deployable import check_deployable
 from fedlora.server.home import Home, Outcome, Place
-from fedlora.server.hosted import check_deployable
 from fedlora.server.identity import peer_identity
-from fedlora.server.metrics import MetricsLog
+from fedlora.server.journal import Journal
 
 MAX_JOB_BYTES = 64 * 1024
 MAX_PLUGIN_BYTES = 2**20
@@ -102,7 +102,7 @@ class Consortium(ConsortiumServicer):
         self._require(context, "operator")
         place = self._place(request.run, context)
         if place.outcome() is None:
-            MetricsLog(place.events).append(
+            Journal(place.events).append(
                 {"event": "failed", "exit_code": 130, "why": "stopped by an operator"}
             )
             place.end(Outcome("stopped", 130, "stopped by an operator"))
@@ -162,7 +162,7 @@ class Consortium(ConsortiumServicer):
             raise ConfigError(f"the server has no run {run}")
         outcome = place.outcome()
         if outcome is not None and outcome.state != "finished":
-            MetricsLog(place.events).reopen()
+            Journal(place.events).reopen()
             place.reopen()
         return run
 
@@ -211,7 +211,7 @@ def _files(folder: Path) -> set[str]:
 
 def _summary(place: Place) -> pb.RunSummary:
     outcome = place.outcome()
-    events = MetricsLog(place.events).read()
+    events = Journal(place.events).read()
     rounds = [event for event in events if event["event"] == "round"]
     job = load_job(place.job)
     if outcome is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedlora.errors import EXIT_INTERRUPTED
-from fedlora.server.run_parts import Event
+from fedlora.server.journal import Event
 
 log = logging.getLogger(__name__)
 

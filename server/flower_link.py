@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, TRAIN, text
+from fedlora.server.journal import Event
 from fedlora.server.link import Reply, Task
 from fedlora.server.mail import Mail
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers, ReceivedBytes
-from fedlora.server.run_parts import Event
 from fedlora.strategies.base import ClientInfo
 from fedlora.wire import decode_broadcast, sha256
 

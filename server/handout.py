@@ -8,16 +8,25 @@ import torch
 from fedlora.adapter import AdapterState, split_name
 from fedlora.adapters.base import Basis
 from fedlora.errors import StrategyError, UpdateRejected
-from fedlora.messages import CONTROL, Broadcast, ClientUpdate, LazyTensors, RoundPlan, Start
+from fedlora.messages import (
+    CONTROL,
+    Broadcast,
+    ClientUpdate,
+    LazyTensors,
+    RoundPlan,
+    Start,
+    part_coding,
+)
 from fedlora.server.admission import Expectation, admit, expected_size
 from fedlora.server.guard import Step, expect_type, strategy_errors
+from fedlora.server.journal import Event
 from fedlora.server.link import Reply, Task
-from fedlora.server.run_parts import Event, RunParts
+from fedlora.server.run_parts import RunParts
 from fedlora.server.soundness import checked_shapes, checked_start
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import ClientInfo, StrategyState
 from fedlora.strategies.plan_check import plan_problem
-from fedlora.wire import Shapes, encode_broadcast, encode_tensors, sha256
+from fedlora.wire import Shapes, encode_broadcast, encode_coded, encode_tensors, sha256
 
 
 class Handout:
@@ -72,7 +81,8 @@ class Handout:
                 start = checked_start(state, strategy.broadcast(state, client))
                 digests = {}
                 for name, tensors in split_parts(start, self.run.sent_basis).items():
-                    data = encode_tensors(tensors)
+                    coding = part_coding(name, self.run.settings.compression.down)
+                    data = encode_coded(tensors, coding)
                     digests[name] = sha256(data)
                     parts[digests[name]] = data
                 made[key] = (start, digests, start.adapter.spec.digest())
@@ -101,9 +111,10 @@ class Handout:
                 spec=adapter.spec,
                 spec_digest=spec_digest,
                 shapes=shapes,
-                size_bytes=expected_size(shapes),
+                size_bytes=expected_size(shapes, plan.coding),
                 slots=plan.slots,
                 factors=plan.sent,
+                coding=plan.coding,
             )
             most = self.expected[client.name].size_bytes
             tasks.append(Task(client.name, encode_broadcast(broadcast), most))
@@ -121,6 +132,10 @@ class Handout:
             rank=client.rank,
             local_steps=settings.local_steps,
             optimizer_state=settings.optimizer_state,
+            up=settings.compression.up.scheme,
+            top_k=settings.compression.up.top_k,
+            down=settings.compression.down.scheme,
+            feedback=self._feedback(),
         )
         asked = self.run.strategy.plan(self.state, client, blank)
         expect_type(asked, RoundPlan, f"what plan returned for client {client.name}")
@@ -130,6 +145,10 @@ class Handout:
             round=blank.round,
             attempt=blank.attempt,
             client=blank.client,
+            up=blank.up,
+            top_k=blank.top_k,
+            down=blank.down,
+            feedback=blank.feedback,
         )
         if why := plan_problem(plan, self.state.spec, self.run.method):
             raise StrategyError(f"the plan for client {client.name} {why}")
@@ -139,6 +158,12 @@ class Handout:
                 f"the plan gives client {client.name} rank {plan.rank}; expected 1 to {most}"
             )
         return plan
+
+    def _feedback(self) -> bool:
+        """Whether clients keep what coding takes from their updates."""
+        compression = self.run.settings.compression
+        # what was left of old factors means nothing in new ones
+        return compression.feedback and not compression.up.plain and not self.run.strategy.regauges
 
     def admit(self, reply: Reply) -> bool:
         """Takes a reply in, or notes why not; says whether there is one more update."""
@@ -166,8 +191,11 @@ class Handout:
                 }
             )
             return False
-        # a packed reply is kept at full rank, so that all are read alike
-        dense = reply.payload if update.slots is None else encode_tensors(update.delta.tensors)
+        # a packed or coded reply is kept at full rank in float32, so that all are read alike
+        dense = reply.payload
+        if update.slots is not None or not self.expected[reply.client].coding.plain:
+            control = {CONTROL + name: tensor for name, tensor in update.control.items()}
+            dense = encode_tensors({**update.delta.tensors, **control})
         self.spool.add(reply.client, dense)
         # the tensors now live in the spool; only the small fields stay in memory
         empty = AdapterState(update.delta.spec, {})

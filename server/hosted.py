@@ -1,6 +1,5 @@
 """A deployed run: from its job to its end, in the ServerApp's process."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,56 +11,28 @@ from flwr.serverapp import Grid
 
 from fedlora.adapter import AdapterState
 from fedlora.checkpoint import RunStore
-from fedlora.config.job import Job, ScenarioSection
+from fedlora.config.job import Job
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
-from fedlora.errors import EXIT_FAILED, ConfigError, FedloraError, QuorumFailed
+from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed
 from fedlora.logs import configure_from_environment, log_context
 from fedlora.models.loaded import load
 from fedlora.server.blob_store import BlobStore
+from fedlora.server.deployable import check_deployable, wanted_clients
 from fedlora.server.event_log import log_event
 from fedlora.server.flower_link import FlowerLink
 from fedlora.server.home import Home, Outcome
+from fedlora.server.journal import Event
 from fedlora.server.mail import Mail
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers
 from fedlora.server.results import close, is_finished, save
 from fedlora.server.run import Emit, Run
-from fedlora.server.run_parts import Event
 from fedlora.server.settings import ServerSettings
 from fedlora.server.soundness import global_adapter
 from fedlora.strategies.base import StrategyState
 from fedlora.tickets import ticket_key
-
-
-def check_deployable(job: Job) -> None:
-    """Refuses what only a simulation can do.
-
-    Raises:
-        ConfigError: all problems together.
-    """
-    problems = []
-    if job.scenario != ScenarioSection():
-        problems.append(
-            "[scenario] invents what real clients do; remove it, or use: fedlora simulate"
-        )
-    if job.evaluation.baselines:
-        problems.append(
-            "evaluation.baselines needs the data of all clients in one place; set it to [], or "
-            "use: fedlora simulate"
-        )
-    if job.federation.mode == "async":
-        problems.append(
-            'federation.mode = "async" runs in a simulation only so far; set it to "sync"'
-        )
-    if not job.federation.clients_per_round and not job.partition.clients:
-        problems.append(
-            "partition.clients = 0: a deployed run must know for how many clients it waits; set "
-            "it, or federation.clients_per_round"
-        )
-    if problems:
-        raise ConfigError(*problems)
 
 
 def work_on(home: Home, run: str, grid: Grid) -> None:
@@ -133,7 +104,7 @@ def deploy(
     run = Run(job, loaded, emit)
     mail = Mail(grid)
     nodes = Nodes(mail, run.spec.rank, emit)
-    wanted, enough = _wanted(job)
+    wanted, enough = wanted_clients(job)
     link = FlowerLink(
         dump_job(job),
         mail,
@@ -164,14 +135,6 @@ def deploy(
         _finish(run, store, state, len(clients))
     finally:
         store.close()
-
-
-def _wanted(job: Job) -> tuple[int, int]:
-    """Clients to wait for at the start, and the quorum."""
-    federation = job.federation
-    wanted = job.partition.clients or federation.clients_per_round or 1
-    chosen = min(federation.clients_per_round or wanted, wanted)
-    return wanted, federation.quorum or max(1, math.ceil(2 * chosen / 3))
 
 
 def _evaluation(

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from fedlora.errors import EXIT_FAILED, RunFailed
 from fedlora.server.control import FlowerControl
 from fedlora.server.home import Home, Outcome, Place
-from fedlora.server.metrics import MetricsLog
+from fedlora.server.journal import Journal
 
 log = logging.getLogger(__name__)
 
 # a ServerApp that has not taken its run by then never will
-START_S = 120.0
+START_S = 60.0
 # ServerApps in a row that died without committing a round
 MOST_DEATHS = 6
 
@@ -94,9 +94,7 @@ class Keeper:
                 f"{watch.deaths} ServerApps in a row died without committing a round; their output "
                 f"is in {self.home.folder / 'logs'}. Continue the run with: fedlora resume"
             )
-            MetricsLog(place.events).append(
-                {"event": "failed", "exit_code": EXIT_FAILED, "why": why}
-            )
+            Journal(place.events).append({"event": "failed", "exit_code": EXIT_FAILED, "why": why})
             place.end(Outcome("failed", EXIT_FAILED, why))
             return
         try:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from fedlora.messages import ClientUpdate
 from fedlora.server.aggregation_error import Trained, aggregation_error
 from fedlora.server.guard import starts, strategy_errors
 from fedlora.server.interrupt import shielded
-from fedlora.server.run_parts import Event, RunParts
+from fedlora.server.journal import Event
+from fedlora.server.run_parts import RunParts
 from fedlora.server.soundness import checked_adapter, checked_notes, checked_state
 from fedlora.strategies.base import StrategyState
 from fedlora.strategies.fold import folded
@@ -110,6 +111,8 @@ def merge(
     }
     if notes:
         event["notes"] = notes
+    if not settings.compression.plain:
+        event["compression"] = asdict(settings.compression)
     events = [*received.rejected, event]
     record = {
         "run": run.run,

@@ -8,8 +8,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedlora import __version__
 from fedlora.flower_records import CONFIG, QUERY, text
+from fedlora.server.journal import Event
 from fedlora.server.mail import Mail
-from fedlora.server.run_parts import Event
 from fedlora.strategies.base import ClientInfo
 
 # a node that did not answer is greeted again after so many seconds

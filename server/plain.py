@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from fedlora.config.job import Job
 from fedlora.config.load import load_job, parse_job_text
 from fedlora.server.hosted import deploy
-from fedlora.server.run_parts import Event
+from fedlora.server.journal import Event
 
 log = logging.getLogger("fedlora")
 

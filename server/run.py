@@ -11,6 +11,7 @@ import torch
 from fedlora.adapter import AdapterSpec, AdapterState, trained_shapes
 from fedlora.adapters import METHODS
 from fedlora.checkpoint import Committed, RunStore
+from fedlora.compress import agreed
 from fedlora.config.job import Job
 from fedlora.config.load import dump_job
 from fedlora.data.example import Example
@@ -19,11 +20,12 @@ from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
 from fedlora.server.admission import Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.journal import Event
 from fedlora.server.link import AsyncLink, Link
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.rounds import resume_state, run_rounds
-from fedlora.server.run_parts import Evaluate, Event, RoundSettings, RunParts
+from fedlora.server.run_parts import Evaluate, RoundSettings, RunParts
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
 from fedlora.strategies.plugin import begin, check_strategy, make_strategy
 from fedlora.wire import encode_json
@@ -69,6 +71,7 @@ class Run:
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
                 asynchronous=job.federation.mode == "async",
+                compression=agreed(job.compression),
             ),
         )
 
@@ -237,6 +240,7 @@ class Run:
                 federation.max_examples,
                 federation.weighting == "uniform",
             ),
+            compression=agreed(job.compression),
         )
 
     def _buffered(self, parts: RunParts, link: AsyncLink, initial: StrategyState) -> BufferedRounds:

@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fedlora.adapter import AdapterState
 from fedlora.adapters.base import Basis, Method
 from fedlora.checkpoint import RunStore
-from fedlora.messages import OptimizerState
+from fedlora.messages import UNCOMPRESSED, Compression, OptimizerState
 from fedlora.server.admission import Limits
+from fedlora.server.journal import Event
 from fedlora.server.link import Link
 from fedlora.strategies.base import Strategy, StrategyState
 
-Event = dict[str, Any]
 Evaluate = Callable[[StrategyState, AdapterState], Mapping[str, float]]
 
 
@@ -29,6 +28,7 @@ class RoundSettings:
         local_steps: optimiser steps per client.
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
+        compression: how tensors travel.
     """
 
     seed: int
@@ -43,6 +43,7 @@ class RoundSettings:
     keep_rounds: int
     keep_every: int
     limits: Limits
+    compression: Compression = UNCOMPRESSED
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from fedlora.config.job import Job, ScenarioSection
 from fedlora.data.federated import ClientData
 from fedlora.data.unusable import Unusable
 from fedlora.models.loaded import Loaded
+from fedlora.server.journal import Event
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.run import Emit
-from fedlora.server.run_parts import Event
 from fedlora.simulation.federation import Federation
 
 Scores = Mapping[str, float]

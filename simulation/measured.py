@@ -9,9 +9,9 @@ from fedlora.config.job import Job
 from fedlora.config.load import load_job
 from fedlora.errors import QuorumFailed, RunFolderError, StrategyError
 from fedlora.models.loaded import Loaded
+from fedlora.server.journal import Event
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.run import Emit
-from fedlora.server.run_parts import Event
 from fedlora.simulation.baselines import run_centralised, run_local
 from fedlora.simulation.federation import Federation
 

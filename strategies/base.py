@@ -68,7 +68,8 @@ class Strategy(ABC):
         needs: what the adapter method must offer: "any", "bilinear" (linear in each of two
             factors), or "product" (the change is s B A and nothing else).
         regauges: factors are made anew between rounds, so that what clients or the server
-            remember of the old ones (moments, control variates) means nothing.
+            remember of the old ones (moments, control variates, error feedback) means
+            nothing.
         folds: a part of every merge goes into the base, beside the factors.
         personal: a part of the adapter stays at each client; there is no global model.
         budgets: every client holds the whole adapter; its rank says how many slots per layer,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedlora.adapter import AdapterSpec, LayerSpec
 from fedlora.linalg import stack
-from fedlora.messages import ClientUpdate, LazyTensors, Pair
+from fedlora.messages import UNCOMPRESSED, ClientUpdate, Compression, LazyTensors, Pair
 
 Updates = Sequence[ClientUpdate]
 PrivacyUnit = Literal["record", "client"]
@@ -35,6 +35,7 @@ class Conditions:
         momentum: momentum of sgd.
         privacy: unit of differential privacy; None without.
         asynchronous: updates may be of earlier versions.
+        compression: how tensors travel.
     """
 
     spec: AdapterSpec
@@ -45,6 +46,7 @@ class Conditions:
     momentum: float = 0.0
     privacy: PrivacyUnit | None = None
     asynchronous: bool = False
+    compression: Compression = UNCOMPRESSED
 
 
 @dataclass(frozen=True)

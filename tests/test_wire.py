@@ -263,6 +263,13 @@ HOSTILE_BROADCASTS = {
     "factors are numbers": encode_json(broadcast_manifest(factors=[1])),
     "factors are null": encode_json(broadcast_manifest(factors=None)),
     "unknown optimiser state": encode_json(broadcast_manifest(optimizer_state="x")),
+    "unknown coding up": encode_json(broadcast_manifest(up="int2")),
+    "unknown coding down": encode_json(broadcast_manifest(down="")),
+    "a coding is a list": encode_json(broadcast_manifest(up=["int8"])),
+    "top_k is 0": encode_json(broadcast_manifest(top_k=0)),
+    "top_k above 1": encode_json(broadcast_manifest(top_k=1.5)),
+    "top_k is true": encode_json(broadcast_manifest(top_k=True)),
+    "feedback is 1": encode_json(broadcast_manifest(feedback=1)),
     "unknown plan field": encode_json(broadcast_manifest(extra=1)),
     "no factors": encode_json(
         {**broadcast_manifest(), "plan": {k: 1 for k in asdict(broadcast().plan) if k != "factors"}}

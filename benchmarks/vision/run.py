@@ -25,7 +25,7 @@ from benchmarks.vision.settings import FIRST_TUNING_SEED, GRID, SETTINGS, Arm, S
 from fedlora.config.job import Job
 from fedlora.errors import RunFailed
 from fedlora.models.loaded import Loaded, load
-from fedlora.server.run_parts import Event
+from fedlora.server.journal import Event
 from fedlora.simulation.federation import Federation
 
 ROOT = Path(__file__).parents[2]

@@ -59,15 +59,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("job.toml"),
+    path: Annotated[
+        Path | None, typer.Argument(help="Where to write it; by default job.toml here.")
+    ] = None,
+    policy: Annotated[
+        bool, typer.Option("--policy", help="Write the policy.toml of a site instead.")
+    ] = False,
 ) -> None:
-    """Write a commented job.toml with every option and its default.
+    """Write a commented job.toml (or policy.toml) with every option and its default.
 
     Example: fedlora init job.toml
     """
     from fedlora.cli.init import run_init
 
-    run_init(path)
+    run_init(path, policy=policy)
 
 
 @app.command()
@@ -132,10 +137,26 @@ def server(
     Example: fedlora server --home /var/lib/fedlora --host 0.0.0.0 --certs certs/server
     """
     from fedlora.cli.server import run_server, tls_files
+    from fedlora.logs import configure, environment
     from fedlora.server.supervisor import ServerOptions
 
+    configure(log_json)
     tls = tls_files(certs, "server", insecure=insecure)
-    run_server(ServerOptions(home, host, port, flower_port, tls, ca, enrol, device, allow_plugins))
+    run_server(
+        ServerOptions(
+            home=home,
+            host=host,
+            port=port,
+            flower_port=flower_port,
+            tls=tls,
+            ca_folder=ca,
+            enrol=enrol,
+            device=device,
+            allow_plugins=allow_plugins,
+            health=health,
+            logging=environment(log_json),
+        )
+    )
 
 
 @app.command()

@@ -208,6 +208,23 @@ class FederationSection(Section):
     """An update that claims more examples is rejected."""
 
 
+class CompressionSection(Section):
+    """How many bits travel. What is left out of an update is made up for in later ones."""
+
+    up: Literal["none", "bf16", "int8", "int4"] = "none"
+    """Number format of updates: float32 ("none"), bfloat16, or integers with one scale for each
+    64 entries. Of 32 bits per entry they leave 16, 8.25 and 4.25."""
+    top_k: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Part of the entries of each tensor of an update that is sent, the largest ones, with
+    their positions (1 to 4 bytes each, or a bit mask of the tensor)."""
+    error_feedback: bool = True
+    """Clients keep what was left out of an update and add it to the next. Strategies that make
+    the factors anew between rounds (fedsvd, flexlora, flora, lora-lego) do without it."""
+    down: Literal["none", "bf16", "int8"] = "none"
+    """Number format of the factors and heads that clients start from. The server keeps its own
+    in float32 and adds the updates to these. Folds and bases are never rounded."""
+
+
 class Hostile(Section):
     """Some clients that misbehave."""
 
@@ -286,6 +303,7 @@ class Job(Section):
     adapter: AdapterSection = AdapterSection()
     training: TrainingSection = TrainingSection()
     federation: FederationSection = FederationSection()
+    compression: CompressionSection = CompressionSection()
     scenario: ScenarioSection = ScenarioSection()
     evaluation: EvaluationSection = EvaluationSection()
     run: RunSection = RunSection()

@@ -3,13 +3,15 @@
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fedlora.config.job import Job
+from fedlora.config.job import Job, Section
 from fedlora.errors import ConfigError, near_miss
+
+Table = TypeVar("Table", bound=Section)
 
 # tables that later versions honour: refused by name, never ignored
 NOT_YET = {
@@ -32,7 +34,7 @@ def load_job(
     Raises:
         ConfigError: all problems together.
     """
-    tree = _read(path) if path else {}
+    tree = read_toml(path, "job file", "fedlora init") if path else {}
     return parse_job(tree, overrides, known)
 
 
@@ -51,14 +53,7 @@ def parse_job(
             problems.append(f"{key} is not supported: {why}; remove it")
     for key, names in (known or {}).items():
         problems += _unknown_name(tree, key, names)
-    try:
-        job = Job.model_validate(tree)
-    except ValidationError as e:
-        for error in e.errors():
-            problems += _explain(error)
-    if problems:
-        raise ConfigError(*problems)
-    return job
+    return _validated(Job, tree, problems)
 
 
 def parse_job_text(text: str) -> Job:
@@ -79,17 +74,47 @@ def dump_job(job: Job) -> str:
     return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True), multiline_strings=False)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def parse_table(kind: type[Table], tree: dict[str, Any]) -> Table:
+    """A tree of plain values as a section of this kind.
+
+    Raises:
+        ConfigError: all problems together.
+    """
+    return _validated(kind, tree, _unwritable(tree))
+
+
+def read_toml(path: Path, what: str, command: str) -> dict[str, Any]:
+    """The tree in a TOML file.
+
+    Args:
+        what: what the file is, for the message.
+        command: what writes such a file.
+
+    Raises:
+        ConfigError: missing, unreadable or not TOML.
+    """
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"job file {path} does not exist; write one with: fedlora init {path}"
+            f"{what} {path} does not exist; write one with: {command} {path}"
         ) from None
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"job file {path} cannot be read: {e}") from e
+        raise ConfigError(f"{what} {path} cannot be read: {e}") from e
     except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"job file {path} is not valid TOML: {e}") from e
+        raise ConfigError(f"{what} {path} is not valid TOML: {e}") from e
+
+
+def _validated(kind: type[Table], tree: dict[str, Any], problems: list[str]) -> Table:
+    """The tree as a section, unless there are `problems` already or it has more."""
+    try:
+        value = kind.model_validate(tree)
+    except ValidationError as e:
+        for error in e.errors():
+            problems += _explain(error, kind)
+    if problems:
+        raise ConfigError(*problems)
+    return value
 
 
 def _apply(tree: dict[str, Any], override: str) -> list[str]:
@@ -149,14 +174,14 @@ def _unknown_name(tree: dict[str, Any], key: str, names: Collection[str]) -> lis
     return [f'{key} = "{name}" is not known{near_miss(name, names)}; known: {", ".join(names)}']
 
 
-def _explain(error: Any) -> list[str]:
+def _explain(error: Any, root: type[BaseModel]) -> list[str]:
     location = [
         str(part) for part in error["loc"] if part not in ("list[str]", "list[constrained-int]")
     ]
     key = ".".join(part for part in location if not part.startswith("literal["))
     kind, found = error["type"], error["input"]
     if kind == "extra_forbidden":
-        fields = list(_section(location[:-1]).model_fields)
+        fields = list(_section(root, location[:-1]).model_fields)
         return [
             f"{key} is not a known key{near_miss(location[-1], fields)}; known: {', '.join(fields)}"
         ]
@@ -170,8 +195,8 @@ def _explain(error: Any) -> list[str]:
     return [f"{key} = {found!r}: {error['msg'][0].lower()}{error['msg'][1:]}"]
 
 
-def _section(location: Sequence[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Job
+def _section(root: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    section = root
     for part in location:
         if part in section.model_fields:
             annotation: Any = section.model_fields[part].annotation

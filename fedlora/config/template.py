@@ -1,5 +1,6 @@
-"""The commented job.toml that `fedlora init` writes, made from the fields' own docs."""
+"""The commented TOML files that `fedlora init` writes, made from the fields' own docs."""
 
+import json
 import textwrap
 from typing import Any
 
@@ -15,10 +16,10 @@ HEADING = """\
 """
 
 
-def render_template() -> str:
-    """TOML text with every field, its documentation and its default."""
-    parts = [HEADING]
-    for name, field in Job.model_fields.items():
+def render_tables(kind: type[BaseModel], heading: str) -> str:
+    """TOML text with every table and field of `kind`, its documentation and its default."""
+    parts = [heading]
+    for name, field in kind.model_fields.items():
         section = field.annotation
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
@@ -26,7 +27,13 @@ def render_template() -> str:
         for key, option in section.model_fields.items():
             parts.append(_comment(option.description or ""))
             parts.append(_assignment(key, option.default))
-    parts.append("\n# One group of clients that misbehave; the table may be repeated.")
+    return "\n".join(parts) + "\n"
+
+
+def render_template() -> str:
+    """The default job, and a table that may be repeated."""
+    parts = [render_tables(Job, HEADING)]
+    parts.append("# One group of clients that misbehave; the table may be repeated.")
     parts.append("# [[scenario.hostile]]")
     for key, option in Hostile.model_fields.items():
         parts.append(_comment(option.description or ""))
@@ -46,4 +53,7 @@ def _assignment(key: str, value: Any) -> str:
         return f"# {key} = {{}}"
     if key == "hostile":
         return "# hostile: see the table at the end"
+    if isinstance(value, list):
+        # on one line; a list of texts is the same in JSON and TOML
+        return f"{key} = {json.dumps(value)}"
     return tomli_w.dumps({key: value}).strip()

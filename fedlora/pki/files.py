@@ -35,9 +35,10 @@ def read_file(path: Path, what: str) -> bytes:
         raise CertificateError(f"{what} {path} does not exist; check the path") from None
     except OSError as e:
         raise CertificateError(f"{what} {path} cannot be read: {e.strerror}") from e
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CertificateError(f"{what} {path} is not a file; expected one in PEM format")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CertificateError(f"{what} {path} is not a file; expected one in PEM format")
         data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise CertificateError(

@@ -55,6 +55,13 @@ class Coordinate(Wrapper):
                 f"{core.name!r} clients choose which rank slots they send; choose krum or "
                 'geometric-median with space = "product"'
             )
+        if given.compression.up.top_k < 1:
+            raise ConfigError(
+                f"wrapper {self.name!r} compares tensors element by element, but with "
+                f"compression.top_k = {given.compression.up.top_k:g} clients choose which entries "
+                "they send, and the others would pass for zero; set compression.top_k = 1, or "
+                "choose multi-krum or norm-cap"
+            )
         if any(isinstance(strategy, Scaffold) for strategy in self.inside()):
             raise ConfigError(
                 f"wrapper {self.name!r} makes one update of all, but scaffold inside it counts "

@@ -80,6 +80,12 @@ class Scaffold(Wrapper):
                 f'{given.momentum:g}; set training.optimizer = "sgd" and training.momentum = 0'
             )
         refuse_new_gauge(self, "the control variates")
+        if given.compression.up.top_k < 1:
+            raise ConfigError(
+                "wrapper 'scaffold' needs whole control variates, for their entries correct every "
+                f"step, but with compression.top_k = {given.compression.up.top_k:g} only some "
+                'travel; set compression.top_k = 1 and choose compression.up = "int8", say'
+            )
         *_, core = self.inside()
         if core.budgets:
             raise ConfigError(

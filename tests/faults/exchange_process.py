@@ -61,11 +61,8 @@ class ExchangeProcess:
         return mint(self.key, replace(made, **changes))
 
     def status_bytes(self, field: str) -> int:
-        """A size in /proc/<pid>/status, e.g. VmRSS or VmHWM."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-        raise KeyError(field)
+        """See the function of this name."""
+        return status_bytes(self.process.pid, field)
 
     def forget_peak(self) -> None:
         """VmHWM counts from here on."""
@@ -77,6 +74,14 @@ class ExchangeProcess:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.stop()
+
+
+def status_bytes(pid: int, field: str) -> int:
+    """A size in /proc/<pid>/status, e.g. VmRSS or VmHWM."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
 
 
 def main(folder: Path, port: int, files: list[Path]) -> None:

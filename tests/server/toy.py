@@ -14,7 +14,7 @@ from fedlora.adapter import AdapterState, trained_shapes, with_rank
 from fedlora.adapters import METHODS
 from fedlora.adapters.slots import pack, top_slots
 from fedlora.checkpoint import RunStore
-from fedlora.messages import HEADS, ClientUpdate, Start
+from fedlora.messages import HEADS, ClientUpdate, Coding, Start, part_coding
 from fedlora.seeds import generator
 from fedlora.server.admission import Limits
 from fedlora.server.handout import split_parts
@@ -68,7 +68,10 @@ class ToyLink:
             if part.startswith("fold."):
                 continue  # these clients have no base to fold into
             names = split_parts(Start(AdapterState(spec, dict.fromkeys(shapes))), {})[part]
-            start |= decode_part(parts[digest], digest, {name: shapes[name] for name in names})
+            coding = part_coding(part, Coding(plan.down))
+            start |= decode_part(
+                parts[digest], digest, {name: shapes[name] for name in names}, coding
+            )
         heads = {} if HEADS in plan.kept else spec.head_shapes
         sent = trained_shapes(replace(spec, head_shapes=heads), method, plan.sent)
         delta = honest(plan.client, plan, start, sent)
@@ -87,6 +90,7 @@ class ToyLink:
             num_examples=10.0 + NAMES.index(plan.client),
             metrics={"train_loss": 1.0},
             slots=masks,
+            coding=plan.coding,
         )
         manifest, payload = encode_update(self.change(update))
         return Reply(plan.client, manifest, payload, len(task.manifest), 1.0)

@@ -27,6 +27,7 @@ class Tap:
         self.link = link
         self.tasks = []
         self.replies = []
+        self.parts = {}
 
     def roster(self):
         return self.link.roster()
@@ -37,6 +38,7 @@ class Tap:
     def exchange(self, tasks, parts, deadline_s):
         self.tasks.append(list(tasks))
         self.replies.append([])
+        self.parts.update(parts)
         for reply in self.link.exchange(tasks, parts, deadline_s):
             self.replies[-1].append(reply)
             yield reply
