@@ -31,11 +31,18 @@ COPY pyproject.toml docker/requirements.py ./
 RUN python3 requirements.py pyproject.toml "$EXTRAS" > requirements.txt \
     && python3 -m pip --python /opt/fedlora/bin/python install --no-compile \
         --constraint constraints.txt --requirement requirements.txt \
-    && find /opt/fedlora -type d -name tests -path '*-packages/*/tests' -prune -exec rm -r {} + \
-    && find /opt/fedlora -type d -path '*-packages/*/include' -prune -exec rm -r {} + \
+    && cd /opt/fedlora/lib/python3*/site-packages \
+    && find . -type d \( -name tests -o -name include -o -path ./torch/test \) \
+        -prune -exec rm -r {} + \
     && python3 -m compileall -q -j 0 -x '/py31[2-9]_' /opt/fedlora/lib
 
-COPY . .
+COPY README.md LICENSE ./
+COPY fedlora fedlora
+COPY server server
+COPY client client
+COPY protos protos
+COPY strategies strategies
+COPY simulation simulation
 RUN python3 -m pip wheel --no-deps --wheel-dir /wheels . \
     && python3 -m pip --python /opt/fedlora/bin/python install --no-deps --compile /wheels/*.whl
 
