@@ -22,7 +22,7 @@ from fedlora.adapters.slots import pack, unpack
 from fedlora.client.feedback import add_feedback, followed, still_owed
 from fedlora.client.receiving import Fetch, receive
 from fedlora.client.slot_choice import choose_slots, slot_freeze
-from fedlora.client.state import ClientState
+from fedlora.client.state import ClientState, Memory
 from fedlora.compress import round_trip
 from fedlora.config.job import Job, TrainingSection
 from fedlora.data.federated import ClientData
@@ -30,7 +30,7 @@ from fedlora.errors import AdapterError
 from fedlora.messages import HEADS, ClientUpdate, RoundPlan, Start
 from fedlora.models.loaded import Loaded
 from fedlora.training.terms import Correction, ProductProximal, Proximal, TailPenalty, Term
-from fedlora.training.trainer import LocalResult, LocalWork, train
+from fedlora.training.trainer import LocalResult, LocalWork, Progress, train
 from fedlora.wire import decode_broadcast
 
 
@@ -64,7 +64,7 @@ class Site:
         pad_id: int,
         seed: int,
         rounds: int,
-        state: ClientState,
+        state: Memory,
     ) -> None:
         self.name = name
         self.adapted = adapted
@@ -77,12 +77,14 @@ class Site:
         self.rounds = rounds
         self.state = state
 
-    def work(self, manifest: bytes, fetch: Fetch) -> ClientUpdate:
+    def work(self, manifest: bytes, fetch: Fetch, progress: Progress | None = None) -> ClientUpdate:
         """Trains as the manifest says and returns what changed.
 
         Args:
             manifest: an encoded broadcast.
             fetch: digest -> bytes of a part.
+            progress: called before each optimiser step with the steps done and planned, of
+                the trial that chooses slots too; what it raises ends the work.
 
         Raises:
             AdapterError: another spec, base or basis than the server's.
@@ -106,10 +108,10 @@ class Site:
         masks: tuple[int, ...] | None = None
         trial = 0
         if plan.slots:
-            masks, trial = self._choose_slots(plan, start)
+            masks, trial = self._choose_slots(plan, start, progress)
             terms.append(slot_freeze(spec, plan.factors, masks, held))
         moments = _group(memory, "moments") if plan.optimizer_state == "keep" else None
-        result = self._train(plan, terms, plan.local_steps, "data", moments)
+        result = self._train(plan, terms, plan.local_steps, "data", progress, moments)
         trained = self.adapted.state().tensors
         delta = {name: trained[name] - held[name] for name in sent}
         control = self._new_control(plan, start, delta, own_control, result.rate_sum)
@@ -158,6 +160,7 @@ class Site:
         terms: Sequence[Term],
         steps: int,
         stream: str,
+        progress: Progress | None,
         moments: Tensors | None = None,
     ) -> LocalResult:
         return train(
@@ -174,6 +177,7 @@ class Site:
                 stream=stream,
                 rates=plan.rates,
                 terms=terms,
+                progress=progress,
             ),
             self.training,
             task=self.task,
@@ -225,12 +229,14 @@ class Site:
             new[name] = value - start.control[name] - delta[name] / rate if rate else value
         return new
 
-    def _choose_slots(self, plan: RoundPlan, start: Start) -> tuple[tuple[int, ...], int]:
+    def _choose_slots(
+        self, plan: RoundPlan, start: Start, progress: Progress | None
+    ) -> tuple[tuple[int, ...], int]:
         """The slots to train, from a trial whose result is thrown away; and its steps."""
         steps = plan.trial_steps or math.ceil(
             len(self.data.train) / (self.training.batch_size * self.training.accumulation)
         )
-        self._train(plan, (), steps, "trial")
+        self._train(plan, (), steps, "trial", progress)
         spec, held = start.adapter.spec, start.adapter.tensors
         masks = choose_slots(spec, plan.factors, held, self.adapted.state().tensors, plan.slots)
         self.adapted.load(held)
@@ -274,6 +280,11 @@ def site_for(job: Job, loaded: Loaded, name: str, data: ClientData, folder: Path
         data: the client's examples.
         folder: where it keeps what it needs from round to round; named after the client.
     """
+    return site_with(job, loaded, name, data, ClientState(folder))
+
+
+def site_with(job: Job, loaded: Loaded, name: str, data: ClientData, state: Memory) -> Site:
+    """The client `name` of a job, which keeps in `state` what it needs from round to round."""
     return Site(
         name,
         loaded.adapted,
@@ -284,5 +295,5 @@ def site_for(job: Job, loaded: Loaded, name: str, data: ClientData, folder: Path
         pad_id=loaded.processor.pad_id,
         seed=job.run.seed,
         rounds=job.federation.rounds,
-        state=ClientState(folder),
+        state=state,
     )

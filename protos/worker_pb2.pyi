@@ -42,20 +42,22 @@ class WorkMessage(_message.Message):
     def __init__(self, header: _Optional[_Union[WorkHeader, _Mapping]] = ..., part: _Optional[_Union[PartChunk, _Mapping]] = ...) -> None: ...
 
 class WorkHeader(_message.Message):
-    __slots__ = ("job_toml", "manifest", "exchange", "download_ticket", "upload_ticket", "acknowledged")
+    __slots__ = ("job_toml", "manifest", "exchange", "download_ticket", "upload_ticket", "acknowledged", "base_fingerprint")
     JOB_TOML_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     DOWNLOAD_TICKET_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_TICKET_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
+    BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     job_toml: str
     manifest: bytes
     exchange: str
     download_ticket: str
     upload_ticket: str
     acknowledged: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, job_toml: _Optional[str] = ..., manifest: _Optional[bytes] = ..., exchange: _Optional[str] = ..., download_ticket: _Optional[str] = ..., upload_ticket: _Optional[str] = ..., acknowledged: _Optional[_Iterable[str]] = ...) -> None: ...
+    base_fingerprint: str
+    def __init__(self, job_toml: _Optional[str] = ..., manifest: _Optional[bytes] = ..., exchange: _Optional[str] = ..., download_ticket: _Optional[str] = ..., upload_ticket: _Optional[str] = ..., acknowledged: _Optional[_Iterable[str]] = ..., base_fingerprint: _Optional[str] = ...) -> None: ...
 
 class PartChunk(_message.Message):
     __slots__ = ("sha256", "chunk")

@@ -51,7 +51,9 @@ class DataSection(Section):
     source: Annotated[str, Field(min_length=1)] = "builtin:stdlib"
     """`builtin:stdlib`, a .jsonl/.csv/.tsv/.parquet file, a folder, or a hub id.
     A folder that has one sub-folder per client gives each client its own data; then
-    `partition.kind` is "folders". A folder of class folders with pictures is labelled."""
+    `partition.kind` is "folders". A folder of class folders with pictures is labelled.
+    "clients": every client brings its own (`fedlora client --data`); then a classification
+    needs `labels`, and only the server reads `test`, if there is one."""
     test: str | None = None
     """A file for the global held-out figures; by default all clients' validation parts."""
     subset: str | None = None
@@ -282,8 +284,9 @@ class RunSection(Section):
     """Name of the run; part of the default folder name."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     """Derives every random stream by name."""
-    engine: Literal["local"] = "local"
-    """local: all clients in this process."""
+    engine: Literal["local", "ray"] = "local"
+    """local: all clients in this process, one after the other. ray: in a pool of Ray workers,
+    on this machine or, with RAY_ADDRESS set, on a cluster; the same bits, sooner."""
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of torch. Sums depend on it, so it belongs to the job."""
     device: str = "cpu"

@@ -13,11 +13,11 @@ from fedlora.data.encoder import Encoder, encode_first
 from fedlora.data.example import Example
 from fedlora.data.formats import build_encoder, find_labels, resolve_format
 from fedlora.data.labelled import Labels, sorted_names
-from fedlora.data.partition import partition_rows
+from fedlora.data.partition import Partition, partition_rows
 from fedlora.data.rows import Row, Table
-from fedlora.data.source import BUILTIN, read_source
+from fedlora.data.source import BUILTIN, CLIENTS, read_source
 from fedlora.data.unusable import BEYOND, UNASSIGNED, Unusable
-from fedlora.errors import DataError
+from fedlora.errors import ConfigError, DataError
 from fedlora.seeds import generator
 
 
@@ -82,6 +82,54 @@ def load_federated(
         ConfigError: data.format does not go with the task.
         DataError: the data cannot be read, encoded or divided as described.
     """
+    rows = prepare(
+        data, partition, task, tokenizer=tokenizer, image_processor=image_processor, seed=seed
+    )
+    division = rows.divide(partition)
+    clients = {
+        name: rows.client(name, numbers) for name, numbers in sorted(division.clients.items())
+    }
+    unassigned = Unusable()
+    for number in division.unassigned:
+        unassigned.drop(UNASSIGNED, rows.table.rows[number].origin)
+    for number in division.beyond:
+        unassigned.drop(BEYOND, rows.table.rows[number].origin)
+    parts = [client.unusable for client in clients.values()]
+    if data.test is None:
+        test = [example for client in clients.values() for example in client.validation]
+        source = f"the validation parts of all clients ({rows.table.name})"
+    else:
+        test, unusable = _test(data, partition, rows.encoder)
+        parts.append(unusable)
+        source = f'data.test = "{data.test}"'
+    if not test:
+        raise DataError(
+            f"{source}: no usable example to test on; expected at least one; name a "
+            "file in data.test, or give clients two rows or more"
+        )
+    return FederatedData(clients, test, rows.names, Unusable.merge([*parts, unassigned]))
+
+
+def prepare(
+    data: DataSection,
+    partition: PartitionSection,
+    task: str,
+    *,
+    tokenizer: Any,
+    image_processor: Any,
+    seed: int,
+) -> "PreparedRows":
+    """The rows of a source, checked; see `load_federated`.
+
+    Raises:
+        ConfigError: data.format does not go with the task, or the source is "clients".
+        DataError: the data cannot be read or encoded as described.
+    """
+    if data.source == CLIENTS:
+        raise ConfigError(
+            f'data.source = "{CLIENTS}" leaves the data with the clients: there are none on this '
+            "machine; name a source here, or start clients with: fedlora client --data PATH"
+        )
     table = _read(data, partition, data.source, client_folders=partition.kind == "folders")
     form = resolve_format(data, task, table)
     labels = find_labels(data, table) if form.startswith("labelled") else None
@@ -94,43 +142,79 @@ def load_federated(
         order = torch.randperm(len(table.rows), generator=generator(seed, "max_rows")).tolist()
         rows = [table.rows[place] for place in order[: data.max_rows]]
         table = Table(table.name, table.columns, rows)
-
     column = partition.column or ("area" if data.source == BUILTIN else data.label)
-    division = partition_rows(
-        table,
-        partition.kind,
-        clients=partition.clients or None,
-        column=column,
-        alpha=partition.alpha,
-        min_size=partition.min_size,
-        per_client=partition.per_client,
-        seed=seed,
-    )
-    clients = {}
-    for name, numbers in sorted(division.clients.items()):
-        rows = [table.rows[number] for number in numbers]
-        clients[name] = _client(data, name, rows, encoder, _composition(rows, labels, column), seed)
+    return PreparedRows(data, table, encoder, labels, column, seed)
 
-    unassigned = Unusable()
-    for number in division.unassigned:
-        unassigned.drop(UNASSIGNED, table.rows[number].origin)
-    for number in division.beyond:
-        unassigned.drop(BEYOND, table.rows[number].origin)
-    parts = [client.unusable for client in clients.values()]
-    if data.test is None:
-        test = [example for client in clients.values() for example in client.validation]
-        source = f"the validation parts of all clients ({table.name})"
-    else:
-        test, unusable = _test(data, partition, encoder)
-        parts.append(unusable)
-        source = f'data.test = "{data.test}"'
-    if not test:
-        raise DataError(
-            f"{source}: no usable example to test on; expected at least one; name a "
-            "file in data.test, or give clients two rows or more"
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """The rows of a source, and how they become the examples of clients.
+
+    Attributes:
+        labels: the classes; None for language models.
+        column: column that skews or names the clients.
+        seed: the run's seed.
+    """
+
+    data: DataSection
+    table: Table
+    encoder: Encoder
+    labels: Labels | None
+    column: str
+    seed: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in order of the targets; empty for language models."""
+        return self.labels.names if self.labels else ()
+
+    def divide(self, partition: PartitionSection) -> Partition:
+        """Which client has which rows.
+
+        Raises:
+            DataError: the rows cannot be divided so.
+        """
+        return partition_rows(
+            self.table,
+            partition.kind,
+            clients=partition.clients or None,
+            column=self.column,
+            alpha=partition.alpha,
+            min_size=partition.min_size,
+            per_client=partition.per_client,
+            seed=self.seed,
         )
-    names = labels.names if labels else ()
-    return FederatedData(clients, test, names, Unusable.merge([*parts, unassigned]))
+
+    def client(self, name: str, numbers: Sequence[int]) -> ClientData:
+        """The examples of the client that has these rows; `name` names the random streams.
+
+        Raises:
+            DataError: not one training example.
+        """
+        rows = [self.table.rows[number] for number in numbers]
+        num_validation = 0
+        if len(rows) >= 2:
+            wanted = round(len(rows) * self.data.validation_fraction)
+            num_validation = min(max(wanted, 1), len(rows) - 1)
+        order = torch.randperm(
+            len(rows), generator=generator(self.seed, "validation", name)
+        ).tolist()
+        held_out, kept = order[:num_validation], sorted(order[num_validation:])
+        train, unusable = self.encoder.encode([rows[place] for place in kept])
+        validation, more = encode_first(
+            self.encoder, [rows[place] for place in held_out], self.data.max_validation
+        )
+        unusable = Unusable.merge([unusable, more])
+        if not train:
+            raise DataError(
+                f'client "{name}" has no training example: {len(rows)} rows, {num_validation} of '
+                f"them for validation, unusable: {unusable.counts or 'none'}; expected at least "
+                "one; give it more rows (fewer clients, a larger partition.min_size) or correct "
+                "them"
+            )
+        return ClientData(
+            name, train, validation, unusable, _composition(rows, self.labels, self.column)
+        )
 
 
 def load_test(
@@ -191,34 +275,6 @@ def _read(
             name for name in (*named, partition.column) if name is not None and name.isdecimal()
         ),
     )
-
-
-def _client(
-    data: DataSection,
-    name: str,
-    rows: Sequence[Row],
-    encoder: Encoder,
-    composition: dict[str, int],
-    seed: int,
-) -> ClientData:
-    num_validation = 0
-    if len(rows) >= 2:
-        wanted = round(len(rows) * data.validation_fraction)
-        num_validation = min(max(wanted, 1), len(rows) - 1)
-    order = torch.randperm(len(rows), generator=generator(seed, "validation", name)).tolist()
-    held_out, kept = order[:num_validation], sorted(order[num_validation:])
-    train, unusable = encoder.encode([rows[place] for place in kept])
-    validation, more = encode_first(
-        encoder, [rows[place] for place in held_out], data.max_validation
-    )
-    unusable = Unusable.merge([unusable, more])
-    if not train:
-        raise DataError(
-            f'client "{name}" has no training example: {len(rows)} rows, {num_validation} of them '
-            f"for validation, unusable: {unusable.counts or 'none'}; expected at least one; give "
-            "it more rows (fewer clients, a larger partition.min_size) or correct them"
-        )
-    return ClientData(name, train, validation, unusable, composition)
 
 
 def _composition(rows: Sequence[Row], labels: Labels | None, column: str) -> dict[str, int]:

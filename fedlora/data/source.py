@@ -10,6 +10,8 @@ from fedlora.data.stdlib import federated_files
 from fedlora.errors import DataError, near_miss
 
 BUILTIN = "builtin:stdlib"
+# every client brings its own data
+CLIENTS = "clients"
 
 
 def read_source(

@@ -45,7 +45,7 @@ class Loaded:
 
 
 def load(job: Job, read: ReadData = load_federated) -> Loaded:
-    """Loads model and data and attaches a fresh adapter.
+    """Loads model and data and attaches a fresh adapter, for whoever merges updates.
 
     Args:
         job: the run's job.
@@ -54,9 +54,18 @@ def load(job: Job, read: ReadData = load_federated) -> Loaded:
     Raises:
         ConfigError, DataError, ModelError, AdapterError: bad input, all with exit code 2.
     """
-    _check_device(job.run.device)
     # before minutes of loading
     make_strategy(job.federation, METHODS[job.adapter.method]).check_method()
+    return load_for_client(job, read)
+
+
+def load_for_client(job: Job, read: ReadData) -> Loaded:
+    """The same for who only trains: the job's strategy, which may be a plug-in, is not imported.
+
+    Raises:
+        ConfigError, DataError, ModelError, AdapterError: see `load`.
+    """
+    _check_device(job.run.device)
     torch.set_num_threads(job.run.threads)
     processor = load_processor(job.model)
     data = read(

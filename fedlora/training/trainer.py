@@ -1,7 +1,7 @@
 """One client's local training: a plain loop over optimiser steps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from fedlora.training.optimizer import (
 )
 from fedlora.training.terms import Term
 
+Progress = Callable[[int, int], None]
+
 
 @dataclass(frozen=True)
 class LocalWork:
@@ -38,6 +40,8 @@ class LocalWork:
         stream: further name of the stream of data order.
         rates: factor -> multiplier of the learning rate.
         terms: what the federation adds to the client's own gradient.
+        progress: called before each step with the steps done and planned; what it raises ends
+            the training.
     """
 
     factors: tuple[str, ...]
@@ -50,6 +54,7 @@ class LocalWork:
     stream: str = "data"
     rates: Mapping[str, float] = field(default_factory=dict)
     terms: Sequence[Term] = ()
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ def train(
         _checkpointing(adapted, on=True)
     try:
         for step in range(work.steps):
+            if work.progress is not None:
+                work.progress(step, work.steps)
             micro = [next(batches) for _ in range(settings.accumulation)]
             step_count = 0
             for index, batch in enumerate(micro):
