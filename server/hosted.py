@@ -56,7 +56,17 @@ def work_on(home: Home, run: str, grid: Grid) -> None:
                 journal.append(event)
                 log_event(event)
 
-            deploy(job, grid, place.folder, offers, emit, run, settings.device, journal)
+            deploy(
+                _with_plugin(job, place),
+                grid,
+                place.folder,
+                offers,
+                emit,
+                run,
+                settings.device,
+                journal,
+                dump_job(job),
+            )
         except FedloraError as e:
             journal.append({"event": "failed", "exit_code": e.exit_code, "why": str(e)})
             place.end(Outcome("failed", e.exit_code, str(e)))
@@ -73,6 +83,15 @@ def work_on(home: Home, run: str, grid: Grid) -> None:
         store.remove_run(run)
 
 
+def _with_plugin(job: Job, place: Place) -> Job:
+    """The job with its strategy's file where the server keeps it; clients need none."""
+    _, plugin, name = job.federation.strategy.partition(".py:")
+    if not plugin:
+        return job
+    federation = job.federation.model_copy(update={"strategy": f"{place.plugin}:{name}"})
+    return job.model_copy(update={"federation": federation})
+
+
 def deploy(
     job: Job,
     grid: Grid,
@@ -82,6 +101,7 @@ def deploy(
     run_id: str | None,
     device: str,
     journal: MetricsLog | None = None,
+    job_for_clients: str | None = None,
 ) -> None:
     """Runs a job with the clients behind a Grid, from its last committed round to the end.
 
@@ -92,6 +112,7 @@ def deploy(
         run_id: lineage id of a new run.
         device: the server's own, for evaluation.
         journal: of events, brought in line with what was committed before a crash.
+        job_for_clients: the job as clients get it; by default this one.
 
     Raises:
         FedloraError: the run failed; what was committed stands.
@@ -106,7 +127,7 @@ def deploy(
     nodes = Nodes(mail, run.spec.rank, emit)
     wanted, enough = wanted_clients(job)
     link = FlowerLink(
-        dump_job(job),
+        job_for_clients or dump_job(job),
         run.spec.base_fingerprint,
         mail,
         nodes,
