@@ -21,7 +21,7 @@ from fedlora.server.blob_store import BlobStore
 from fedlora.server.deployable import check_deployable, wanted_clients
 from fedlora.server.event_log import log_event
 from fedlora.server.flower_link import FlowerLink
-from fedlora.server.home import Home, Outcome
+from fedlora.server.home import Home, Outcome, Place
 from fedlora.server.journal import Event
 from fedlora.server.mail import Mail
 from fedlora.server.metrics import MetricsLog
