@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fedlora.config.job import Job
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
 from fedlora.data.own import CLIENTS, held_out_only
-from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed
+from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed, StorageError
 from fedlora.logs import configure_from_environment, log_context
 from fedlora.models.loaded import load
 from fedlora.server.blob_store import BlobStore
@@ -68,19 +69,23 @@ def work_on(home: Home, run: str, grid: Grid) -> None:
                 dump_job(job),
             )
         except FedloraError as e:
-            journal.append({"event": "failed", "exit_code": e.exit_code, "why": str(e)})
-            place.end(Outcome("failed", e.exit_code, str(e)))
+            _fail(place, journal, e.exit_code, str(e))
             raise
         except Exception as e:
-            why = f"{type(e).__name__}: {e}"
-            journal.append({"event": "failed", "exit_code": EXIT_FAILED, "why": why})
-            place.end(Outcome("failed", EXIT_FAILED, why))
+            _fail(place, journal, EXIT_FAILED, f"{type(e).__name__}: {e}")
             raise
         # the last commit may be older than this process
         if not any(event["event"] == "end" for event in journal.read()):
             emit({"event": "end", "round": job.federation.rounds})
         place.end(Outcome("finished", 0))
         store.remove_run(run)
+
+
+def _fail(place: Place, journal: MetricsLog, exit_code: int, why: str) -> None:
+    # on a full disk neither may fit; then the run is tried again once there is space
+    with suppress(StorageError):
+        place.end(Outcome("failed", exit_code, why))
+        journal.append({"event": "failed", "exit_code": exit_code, "why": why})
 
 
 def _with_plugin(job: Job, place: Place) -> Job:
