@@ -251,11 +251,8 @@ def test_no_path_leads_out_of_a_run(served, path):
     run = served.operator.submit(toml())
     folder = served.home.place(run).folder
     (folder / "adapter").mkdir(parents=True)
-    with served.operator._stub() as stub, pytest.raises(ConfigError, match="has no file"):
-        try:
-            served.operator._read(stub, run, path)
-        except grpc.RpcError as e:
-            raise served.operator._error(e) from e
+    with pytest.raises(ConfigError, match="has no file"), served.operator._stub() as stub:
+        served.operator._read(stub, run, path)
 
 
 @pytest.mark.parametrize("run", ["", "../../etc", "f" * 16, "x"])
