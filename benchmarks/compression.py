@@ -108,6 +108,7 @@ def report(record: Mapping[str, Any]) -> str:
         by_scheme.setdefault(row["scheme"], []).append(row)
     plain = by_scheme["none"]
     base = statistics.mean(row["base"] for row in plain)
+    gain = base - statistics.mean(row["loss"] for row in plain)
     lines = [
         "# Compression",
         "",
@@ -119,10 +120,11 @@ def report(record: Mapping[str, Any]) -> str:
         "",
         "Bytes of one round, all clients together, mean over rounds and seeds; loss after the "
         f"last round, mean over {record['seeds']} seeds (the base model has {base:.4f}), and its "
-        "difference to no compression: mean (least to greatest over seeds).",
+        "difference to no compression: mean (least to greatest over seeds). The last column is "
+        "the part of what an uncompressed run takes off the base model's loss.",
         "",
-        "| scheme | bytes up | of none | bytes down | of none | loss | difference |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| scheme | bytes up | of none | bytes down | of none | loss | difference | learnt |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, rows in by_scheme.items():
         up, down, loss = (
@@ -135,7 +137,8 @@ def report(record: Mapping[str, Any]) -> str:
         gaps = [row["loss"] - none["loss"] for row, none in zip(rows, plain, strict=True)]
         lines.append(
             f"| {name} | {up:,.0f} | {of_up:.1f} % | {down:,.0f} | {of_down:.1f} % | {loss:.4f} | "
-            f"{statistics.mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f}) |"
+            f"{statistics.mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f}) | "
+            f"{100 * (base - loss) / gain:.0f} % |"
         )
     return "\n".join(lines) + "\n"
 

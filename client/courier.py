@@ -20,7 +20,7 @@ class Transfer(Protocol):
         """The blob with this digest; raises TransferError."""
         ...
 
-    def send(self, ticket: str, manifest: bytes, payload: bytes | Path) -> int:
+    def send(self, ticket: str, manifest: bytes, payload: bytes | Path, bytes_down: int = 0) -> int:
         """Sends an update and says how many bytes went; raises TransferError."""
         ...
 
@@ -92,7 +92,9 @@ class Courier:
         self.policy.check_bytes(up=kept.payload.stat().st_size)
         if not self.order.exchange:
             return kept.payload.read_bytes()
-        self.up = self._open().send(self.order.upload_ticket, kept.manifest, kept.payload)
+        self.up = self._open().send(
+            self.order.upload_ticket, kept.manifest, kept.payload, self.down
+        )
         return None
 
     def _open(self) -> Transfer:

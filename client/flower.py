@@ -136,4 +136,6 @@ def _array(payload: bytes) -> Array:
 
 
 def _reply(message: Message, fields: Mapping[str, str | bytes | int | float]) -> Message:
-    return Message(RecordDict({CONFIG: ConfigRecord({**fields})}), reply_to=message)
+    record = ConfigRecord()
+    record.update(fields)
+    return Message(RecordDict({CONFIG: record}), reply_to=message)

@@ -22,7 +22,7 @@ from fedlora.adapters.slots import pack, unpack
 from fedlora.client.feedback import add_feedback, followed, still_owed
 from fedlora.client.receiving import Fetch, receive
 from fedlora.client.slot_choice import choose_slots, slot_freeze
-from fedlora.client.state import ClientState
+from fedlora.client.state import ClientState, Memory
 from fedlora.compress import round_trip
 from fedlora.config.job import Job, TrainingSection
 from fedlora.data.federated import ClientData
@@ -64,7 +64,7 @@ class Site:
         pad_id: int,
         seed: int,
         rounds: int,
-        state: ClientState,
+        state: Memory,
     ) -> None:
         self.name = name
         self.adapted = adapted
@@ -280,6 +280,11 @@ def site_for(job: Job, loaded: Loaded, name: str, data: ClientData, folder: Path
         data: the client's examples.
         folder: where it keeps what it needs from round to round; named after the client.
     """
+    return site_with(job, loaded, name, data, ClientState(folder))
+
+
+def site_with(job: Job, loaded: Loaded, name: str, data: ClientData, state: Memory) -> Site:
+    """The client `name` of a job, which keeps in `state` what it needs from round to round."""
     return Site(
         name,
         loaded.adapted,
@@ -290,5 +295,5 @@ def site_for(job: Job, loaded: Loaded, name: str, data: ClientData, folder: Path
         pad_id=loaded.processor.pad_id,
         seed=job.run.seed,
         rounds=job.federation.rounds,
-        state=ClientState(folder),
+        state=state,
     )

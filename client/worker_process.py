@@ -2,7 +2,6 @@
 
 import argparse
 import fcntl
-import logging
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from fedlora.client.worker import Worker
 from fedlora.client.worker_socket import MOST_WAITING, listen
 from fedlora.data.own import OwnData
 from fedlora.errors import ConfigError, FedloraError
+from fedlora.logs import configure_from_environment
 from fedlora.storage import storage_errors
 from fedlora.tls import TlsFiles
 
@@ -34,8 +34,8 @@ GRACE_S = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM; 0 when that came, 2 for options that cannot be used."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
+        configure_from_environment()
         return _serve(options)
     except FedloraError as e:
         print(f"error: {e}", file=sys.stderr)

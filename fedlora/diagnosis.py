@@ -42,8 +42,7 @@ def diagnose(host: str, port: int, tls: TlsFiles | None, *, timeout_s: float = 5
     Args:
         host: name or address of the server, as it was called.
         port: its port.
-        tls: the own files, for which `TlsFiles.load` found nothing wrong; None for a call in
-            plain text.
+        tls: the own files; None for a call in plain text.
         timeout_s: seconds to wait at each step.
     """
     where = f"{host}:{port}"
@@ -98,8 +97,15 @@ def _plain(
 def _secured(
     connection: socket.socket, where: str, host: str, port: int, tls: TlsFiles, timeout_s: float
 ) -> Diagnosis:
-    context = ssl.create_default_context(cafile=str(tls.ca))
-    context.load_cert_chain(tls.certificate, tls.key)
+    try:
+        context = ssl.create_default_context(cafile=str(tls.ca))
+        # with an empty password, so that nobody is asked for one
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+    except OSError as e:
+        return _lasting(
+            f"our own files {tls.ca}, {tls.certificate} and {tls.key} cannot be used "
+            f"({_reason(e)}); make them anew with: fedlora certs request"
+        )
     context.set_alpn_protocols(["h2"])
     try:
         with context.wrap_socket(connection, server_hostname=host) as secured:
@@ -180,7 +186,7 @@ def _after_handshake(secured: ssl.SSLSocket, where: str, tls: TlsFiles) -> Diagn
         )
     return _lasting(
         f"{where} closed the connection after the handshake, which usually means that it does not "
-        f"take the certificate {tls.certificate}; {_own_certificate_advice()}"
+        f"take the certificate {tls.certificate}: {_own_problem(tls)}"
     )
 
 
@@ -193,14 +199,21 @@ def _refused(error: OSError, where: str, tls: TlsFiles) -> str:
     elif "UNKNOWN_CA" in reason:
         why = "the server trusts another authority; ask its operator for a certificate of theirs"
     else:
-        why = _own_certificate_advice()
+        why = _own_problem(tls)
     return f"{where} does not accept our certificate {tls.certificate} ({reason}): {why}"
 
 
-def _own_certificate_advice() -> str:
+def _own_problem(tls: TlsFiles) -> str:
+    """What may be wrong with our certificate when the server does not say; gRPC never does."""
+    try:
+        own = tls.load(None)
+    except CertificateError as e:
+        return str(e)
+    if own.subject.role == "server":
+        return "it is that of a server, which cannot call; give one of role client or operator"
     return (
-        "it may be expired by the server's clock, revoked, or of another authority; compare "
-        "clocks, and ask the operator for: fedlora certs list"
+        "here it is good, so the server's clock may be wrong or the server trusts another "
+        "authority; compare clocks, and ask its operator for: fedlora certs list"
     )
 
 

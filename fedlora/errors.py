@@ -13,10 +13,10 @@
     ├── TicketError          ticket of a transfer: forged, expired, malformed      exit 2
     ├── TransferError        bytes that could not be moved, after the retries      exit 3
     ├── UploadRefused        one upload that the server does not take              exit 2
-    ├── WorkRefused          one client's work that its worker does not do         exit 2
     ├── CertificateError     key, certificate or request missing or unusable      exit 2
     ├── ClockError           this machine's clock and the server's are apart      exit 2
     ├── PolicyError          the server asks for what the site does not permit    exit 2
+    ├── WorkRefused          one client's work that its worker does not do         exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -111,19 +111,6 @@ class UploadRefused(FedloraError):
         self.code = code
 
 
-class WorkRefused(FedloraError):
-    """Work that a client's worker does not do, or could not end.
-
-    Args:
-        code: one of those of `Refused` in worker.proto.
-        detail: what was found, what was expected, and what to do.
-    """
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
-
-
 class CertificateError(FedloraError):
     """A key, certificate, request or authority that is missing, damaged or does not fit."""
 
@@ -138,6 +125,19 @@ class PolicyError(FedloraError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class WorkRefused(FedloraError):
+    """Work that a client's worker does not do, or could not end.
+
+    Args:
+        code: one of those of `Refused` in worker.proto.
+        detail: what was found, what was expected, and what to do.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
 
 
 class RunFailed(FedloraError):

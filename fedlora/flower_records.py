@@ -1,11 +1,11 @@
 """The records in which Flower carries our messages: names and keys, without Flower itself.
 
 Server to client, ConfigRecord "fedlora": `job` (TOML), `manifest` (bytes), `exchange`
-(HOST:PORT), `download_ticket`, `upload_ticket`, `acknowledged` (digests of manifests whose
-updates have been taken in), `base` (fingerprint of the base model; may be missing). An
-exchange without a host is where the client reaches Flower. Client to server: `manifest`,
-`error` and `code`, `bytes_down`, `bytes_up`, `seconds_to_first_step`, `kept`. A query is
-answered by `name`, `version`, `rank` and `pid`, or `error`.
+(HOST:PORT; without a host, where the client reaches Flower), `download_ticket`,
+`upload_ticket`, `acknowledged` (digests of manifests whose updates have been taken in), `base`
+(fingerprint of the base model; may be missing). Client to server: `manifest`, `error` and
+`code`, `bytes_down`, `bytes_up`, `seconds_to_first_step`, `kept`. A query is answered by
+`name`, `version`, `rank` and `pid`, or `error`.
 
 Without an exchange, parts ride in ArrayRecord "parts", one array of bytes for each digest, and
 the update's payload in ArrayRecord "payload".

@@ -55,11 +55,11 @@ class TlsFiles:
     certificate: Path
     key: Path
 
-    def load(self, role: Role, *, now: datetime | None = None) -> Credentials:
+    def load(self, role: Role | None, *, now: datetime | None = None) -> Credentials:
         """The files' content, after every check that can be made without a peer.
 
         Args:
-            role: what the certificate must be for.
+            role: what the certificate must be for; None takes any.
             now: the time, with its zone; by default this machine's.
 
         Raises:
@@ -84,7 +84,7 @@ class TlsFiles:
                 f"{certificate.issuer.rfc4514_string()!r}, not by the authority in {self.ca} "
                 f"({authorities[0].subject.rfc4514_string()!r}); give the ca.crt that came with it"
             )
-        if subject.role != role:
+        if role is not None and subject.role != role:
             raise CertificateError(
                 f"certificate {self.certificate} is for {subject.name!r} in role "
                 f"{subject.role!r}; expected role {role!r}: ask the operator for one with "

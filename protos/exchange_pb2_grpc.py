@@ -39,9 +39,11 @@ class DeltaExchangeStub(object):
     Status codes: UNAUTHENTICATED (no ticket, or a wrong, expired or foreign one),
     PERMISSION_DENIED (the other direction, another client's certificate, or more bytes than the
     ticket allows), INVALID_ARGUMENT (a field out of its bounds), NOT_FOUND (no such blob on offer
-    in this run), FAILED_PRECONDITION (an offset that the server does not stand at),
-    DATA_LOSS (the bytes do not have the digest that was announced), RESOURCE_EXHAUSTED (no room
-    on the disk or too many transfers), UNAVAILABLE (the server is draining; try again).
+    in this run, or the round is over), FAILED_PRECONDITION (an offset that the server does not
+    stand at), ALREADY_EXISTS (the client has sent another reply), ABORTED (an upload of the same
+    reply is under way), DATA_LOSS (the bytes do not have the digest that was announced),
+    RESOURCE_EXHAUSTED (no room on the disk or too many transfers), CANCELLED (nothing moved for
+    too long), UNAVAILABLE (the server is draining; try again).
     """
 
     def __init__(self, channel):
@@ -86,9 +88,11 @@ class DeltaExchangeServicer(object):
     Status codes: UNAUTHENTICATED (no ticket, or a wrong, expired or foreign one),
     PERMISSION_DENIED (the other direction, another client's certificate, or more bytes than the
     ticket allows), INVALID_ARGUMENT (a field out of its bounds), NOT_FOUND (no such blob on offer
-    in this run), FAILED_PRECONDITION (an offset that the server does not stand at),
-    DATA_LOSS (the bytes do not have the digest that was announced), RESOURCE_EXHAUSTED (no room
-    on the disk or too many transfers), UNAVAILABLE (the server is draining; try again).
+    in this run, or the round is over), FAILED_PRECONDITION (an offset that the server does not
+    stand at), ALREADY_EXISTS (the client has sent another reply), ABORTED (an upload of the same
+    reply is under way), DATA_LOSS (the bytes do not have the digest that was announced),
+    RESOURCE_EXHAUSTED (no room on the disk or too many transfers), CANCELLED (nothing moved for
+    too long), UNAVAILABLE (the server is draining; try again).
     """
 
     def Stat(self, request, context):
@@ -167,9 +171,11 @@ class DeltaExchange(object):
     Status codes: UNAUTHENTICATED (no ticket, or a wrong, expired or foreign one),
     PERMISSION_DENIED (the other direction, another client's certificate, or more bytes than the
     ticket allows), INVALID_ARGUMENT (a field out of its bounds), NOT_FOUND (no such blob on offer
-    in this run), FAILED_PRECONDITION (an offset that the server does not stand at),
-    DATA_LOSS (the bytes do not have the digest that was announced), RESOURCE_EXHAUSTED (no room
-    on the disk or too many transfers), UNAVAILABLE (the server is draining; try again).
+    in this run, or the round is over), FAILED_PRECONDITION (an offset that the server does not
+    stand at), ALREADY_EXISTS (the client has sent another reply), ABORTED (an upload of the same
+    reply is under way), DATA_LOSS (the bytes do not have the digest that was announced),
+    RESOURCE_EXHAUSTED (no room on the disk or too many transfers), CANCELLED (nothing moved for
+    too long), UNAVAILABLE (the server is draining; try again).
     """
 
     @staticmethod

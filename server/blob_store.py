@@ -176,6 +176,16 @@ class BlobStore:
                     self._receipts.pop(path, None)
                     self._delete(path)
 
+    def reopen(self, run: str, first: int) -> None:
+        """Lets replies of round `first` and later ones in again, and deletes those that came.
+
+        For a run whose newest rounds turned out to be damaged, and are done anew.
+        """
+        for closed in _entries(self._run(run) / "closed"):
+            if int(closed.name) >= first:
+                self.forget_round(run, int(closed.name))
+                closed.unlink(missing_ok=True)
+
     def remove_run(self, run: str) -> None:
         """Deletes everything of `run`."""
         path = self._run(run)

@@ -4,51 +4,42 @@ Everything about a caller is checked on its metadata, before the first byte of a
 """
 
 import io
-import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NoReturn
+from typing import Literal
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from fedlora.errors import RunFolderError, StorageError, TicketError, UploadRefused
+from fedlora.errors import RunFolderError, TicketError, UploadRefused
 from fedlora.protos.exchange_pb2 import (
     DownloadRequest,
     RunEvent,
     StatReply,
     StatRequest,
     UploadHeader,
-    UploadMessage,
     UploadReply,
     WatchRequest,
 )
-from fedlora.protos.frames import download_chunk, read_upload
+from fedlora.protos.frames import download_chunk
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.identity import peer_identity
-from fedlora.server.receipts import DIGEST
+from fedlora.server.refusals import refuse, statuses
 from fedlora.server.run_events import RunEvents
 from fedlora.server.transfers import Transfer, Transfers
+from fedlora.server.upload_messages import (
+    CHUNK_BYTES,
+    check_digest,
+    check_header,
+    read_chunk,
+    read_header,
+)
 from fedlora.tickets import MAX_BLOB_BYTES, METADATA_KEY, Ticket, check
 
 SERVICE = "fedlora.v1.DeltaExchange"
-CHUNK_BYTES = 1 << 20
-MAX_MANIFEST_BYTES = 64 * 1024
 MAX_WATCHES = 32
-
-log = logging.getLogger(__name__)
-
-_CODES = {
-    "busy": grpc.StatusCode.ABORTED,
-    "taken": grpc.StatusCode.ALREADY_EXISTS,
-    "closed": grpc.StatusCode.NOT_FOUND,
-    "offset": grpc.StatusCode.FAILED_PRECONDITION,
-    "size": grpc.StatusCode.INVALID_ARGUMENT,
-    "digest": grpc.StatusCode.DATA_LOSS,
-}
 
 
 class ExchangeService:
@@ -110,12 +101,12 @@ class ExchangeService:
     def stat(self, request: StatRequest, context: grpc.ServicerContext) -> StatReply:
         """How much of a blob is here."""
         ticket = self._ticket(context)
-        _check_digest(request.sha256, context)
+        check_digest(request.sha256, context)
         if ticket.direction == "down":
             with self._offered(ticket, request.sha256, context) as file:
                 size = os.fstat(file.fileno()).st_size
             return StatReply(size_bytes=size, complete=True)
-        with _statuses(context):
+        with statuses(context):
             size, complete = self._store.held(ticket, request.sha256)
         return StatReply(size_bytes=size, complete=complete)
 
@@ -123,9 +114,9 @@ class ExchangeService:
         """One client's reply, from where it broke off."""
         ticket = self._ticket(context, "up")
         with self._place(context) as transfer:
-            header = _header(messages, context)
-            _check_header(header, ticket, context)
-            with _statuses(context):
+            header = read_header(messages, context)
+            check_header(header, ticket, context)
+            with statuses(context):
                 receipt = self._store.receipt(ticket)
                 if receipt is None:
                     self._receive(ticket, header, messages, transfer, context)
@@ -136,20 +127,20 @@ class ExchangeService:
     def download(self, request: DownloadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """A blob on offer, from an offset."""
         ticket = self._ticket(context, "down")
-        _check_digest(request.sha256, context)
+        check_digest(request.sha256, context)
         with (
             self._place(context) as transfer,
             self._offered(ticket, request.sha256, context) as file,
         ):
             size = os.fstat(file.fileno()).st_size
             if size > ticket.max_bytes:
-                _refuse(
+                refuse(
                     context,
                     grpc.StatusCode.PERMISSION_DENIED,
                     f"the blob has {size} bytes; the ticket allows {ticket.max_bytes}",
                 )
             if request.offset_bytes > size:
-                _refuse(
+                refuse(
                     context,
                     grpc.StatusCode.FAILED_PRECONDITION,
                     f"offset {request.offset_bytes} is beyond the {size} bytes of the blob",
@@ -169,7 +160,7 @@ class ExchangeService:
             if open_watches < MAX_WATCHES and not self._draining.is_set():
                 self._watches.add(stop)
         if stop not in self._watches:
-            _refuse(
+            refuse(
                 context,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{open_watches} watches are open; try again",
@@ -180,9 +171,9 @@ class ExchangeService:
             for event in self._events.follow(request.run, request.skip, stop):
                 yield RunEvent(number=event.number, json=event.json, run=event.run)
             if self._draining.is_set():
-                _refuse(context, grpc.StatusCode.UNAVAILABLE, "the server is draining; try again")
+                refuse(context, grpc.StatusCode.UNAVAILABLE, "the server is draining; try again")
         except RunFolderError as e:
-            _refuse(context, grpc.StatusCode.NOT_FOUND, str(e))
+            refuse(context, grpc.StatusCode.NOT_FOUND, str(e))
         finally:
             with self._lock:
                 self._watches.discard(stop)
@@ -216,7 +207,7 @@ class ExchangeService:
         ) as upload:
             transfer.progress()
             for message in messages:
-                upload.append(_chunk(message, context))
+                upload.append(read_chunk(message, context))
                 transfer.progress()
             upload.finish()
 
@@ -225,7 +216,7 @@ class ExchangeService:
     ) -> Ticket:
         texts = [v for k, v in context.invocation_metadata() if k == METADATA_KEY]
         if len(texts) != 1:
-            _refuse(
+            refuse(
                 context,
                 grpc.StatusCode.UNAUTHENTICATED,
                 f"{len(texts)} tickets in the metadata key {METADATA_KEY}; expected one",
@@ -233,16 +224,16 @@ class ExchangeService:
         try:
             ticket = check(self._key, str(texts[0]), self._clock())
         except TicketError as e:
-            _refuse(context, grpc.StatusCode.UNAUTHENTICATED, str(e))
+            refuse(context, grpc.StatusCode.UNAUTHENTICATED, str(e))
         name = self._check_role(context, "client")
         if name is not None and name != ticket.client:
-            _refuse(
+            refuse(
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"the ticket is {ticket.client!r}'s, the certificate {name!r}'s",
             )
         if direction is not None and ticket.direction != direction:
-            _refuse(
+            refuse(
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"the ticket is for the direction {ticket.direction}, not {direction}",
@@ -255,19 +246,19 @@ class ExchangeService:
             return None
         identity = peer_identity(context)
         if identity is None:
-            _refuse(
+            refuse(
                 context,
                 grpc.StatusCode.UNAUTHENTICATED,
                 "a certificate with one common name and one organizational unit is required",
             )
         if self._is_revoked(identity.serial):
-            _refuse(
+            refuse(
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"the certificate of {identity.name!r} (serial {identity.serial}) is revoked",
             )
         if identity.role != role:
-            _refuse(
+            refuse(
                 context,
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"the certificate of {identity.name!r} has the role {identity.role!r}; "
@@ -278,10 +269,10 @@ class ExchangeService:
     @contextmanager
     def _place(self, context: grpc.ServicerContext) -> Iterator[Transfer]:
         if self._draining.is_set():
-            _refuse(context, grpc.StatusCode.UNAVAILABLE, "the server is draining; try again")
+            refuse(context, grpc.StatusCode.UNAVAILABLE, "the server is draining; try again")
         with self._transfers.admit(context.cancel) as transfer:
             if transfer is None:
-                _refuse(
+                refuse(
                     context,
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     "too many transfers are under way; try again",
@@ -294,87 +285,8 @@ class ExchangeService:
             # it may be withdrawn at any moment; what is open stays readable
             return io.FileIO(path or "")
         except FileNotFoundError:
-            _refuse(
+            refuse(
                 context,
                 grpc.StatusCode.NOT_FOUND,
                 f"no blob {digest} is on offer in run {ticket.run}",
             )
-
-
-def _header(messages: Iterator[bytes], context: grpc.ServicerContext) -> UploadHeader:
-    message = next(messages, None)
-    if message is None:
-        _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "no header came")
-    parsed = _parsed(message, context)
-    if isinstance(parsed, memoryview) or parsed.WhichOneof("content") != "header":
-        _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message is not a header")
-    return parsed.header
-
-
-def _check_header(header: UploadHeader, ticket: Ticket, context: grpc.ServicerContext) -> None:
-    _check_digest(header.sha256, context)
-    if header.size_bytes > ticket.max_bytes:
-        _refuse(
-            context,
-            grpc.StatusCode.PERMISSION_DENIED,
-            f"{header.size_bytes} bytes announced; the ticket allows {ticket.max_bytes}",
-        )
-    if len(header.manifest) > MAX_MANIFEST_BYTES:
-        _refuse(
-            context,
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"the manifest has {len(header.manifest)} bytes; the limit is {MAX_MANIFEST_BYTES}",
-        )
-
-
-def _chunk(message: bytes, context: grpc.ServicerContext) -> bytes | memoryview:
-    parsed = _parsed(message, context)
-    if not isinstance(parsed, memoryview):
-        if parsed.WhichOneof("content") != "chunk":
-            _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "a message is not a chunk")
-        parsed = memoryview(parsed.chunk)
-    if len(parsed) > CHUNK_BYTES:
-        _refuse(
-            context,
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"a chunk has {len(parsed)} bytes; the limit is {CHUNK_BYTES}",
-        )
-    return parsed
-
-
-def _parsed(message: bytes, context: grpc.ServicerContext) -> memoryview | UploadMessage:
-    try:
-        return read_upload(message)
-    except DecodeError:
-        _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "not an UploadMessage")
-
-
-def _check_digest(digest: str, context: grpc.ServicerContext) -> None:
-    if not DIGEST.fullmatch(digest):
-        _refuse(
-            context,
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"sha256 is {digest[:80]!r}; expected 64 lower-case hexadecimal digits",
-        )
-
-
-@contextmanager
-def _statuses(context: grpc.ServicerContext) -> Iterator[None]:
-    """Turns what the store raises inside into a status."""
-    try:
-        yield
-    except UploadRefused as e:
-        _refuse(context, _CODES[e.code], str(e))
-    except StorageError as e:
-        # the text names paths, which are the operator's business
-        log.error("upload: %s", e)
-        _refuse(
-            context,
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            "the server cannot store the upload; its log says why",
-        )
-
-
-def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, why: str) -> NoReturn:
-    context.abort(code, why)
-    raise AssertionError("abort raises")

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
-from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, TRAIN, text
+from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, text
 from fedlora.server.journal import Event
 from fedlora.server.link import Reply, Task
 from fedlora.server.mail import Mail
@@ -14,6 +15,15 @@ from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers, ReceivedBytes
 from fedlora.strategies.base import ClientInfo
 from fedlora.wire import decode_broadcast, sha256
+
+# what Flower answers itself for a node that is off line, or a ClientApp that was killed
+AWAY = (
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    # the worker goes on without its caller
+    ErrorCode.CLIENT_APP_CRASHED,
+)
 
 # seconds between two looks at the disk, at Flower's replies, and at the nodes
 LOOK_S, PULL_S, NODES_S = 0.05, 0.3, 2.0
@@ -57,6 +67,7 @@ class FlowerLink:
 
     Args:
         job_toml: the job, as clients get it.
+        base_fingerprint: of the server's base model.
         mail: to Flower's nodes.
         nodes: who is who.
         offers: where parts are offered and updates come in; None when both ride in Flower's
@@ -69,6 +80,7 @@ class FlowerLink:
     def __init__(
         self,
         job_toml: str,
+        base_fingerprint: str,
         mail: Mail,
         nodes: Nodes,
         offers: Offers | None,
@@ -78,6 +90,7 @@ class FlowerLink:
         emit: Callable[[Event], None],
     ) -> None:
         self.job_toml = job_toml
+        self.base_fingerprint = base_fingerprint
         self.mail = mail
         self.nodes = nodes
         self.offers = offers
@@ -156,6 +169,11 @@ class FlowerLink:
             task, down = waiting[client].task, 0
             waiting[client].reply = reply
             error, code = "", ""
+            if reply.has_error() and reply.error.code in AWAY:
+                # posted again when its node is back, or back under another number
+                waiting[client].message, waiting[client].reply = "", None
+                self.nodes.look()
+                continue
             if reply.has_error():
                 error, code = f"its ClientApp failed: {reply.error.reason}", "FLOWER"
             else:
@@ -186,6 +204,7 @@ class FlowerLink:
         broadcast = decode_broadcast(task.manifest)
         node = self.nodes.seats[task.client].node
         record = ConfigRecord({"job": self.job_toml, "manifest": task.manifest, "exchange": ""})
+        record["base"] = self.base_fingerprint
         record["acknowledged"] = self._acknowledged.pop(task.client, [])
         content = RecordDict({CONFIG: record})
         if self.offers is None:
@@ -199,7 +218,7 @@ class FlowerLink:
 
 
 def _raw(data: bytes) -> Array:
-    return Array("uint8", (len(data),), "safetensors", data)
+    return Array("uint8", (len(data),), STYPE, data)
 
 
 def _inline(reply: Message, bytes_down: int) -> ReceivedBytes:

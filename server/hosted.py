@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedlora.data.own import CLIENTS, held_out_only
 from flwr.serverapp import Grid
 
 from fedlora.adapter import AdapterState
@@ -14,6 +13,7 @@ from fedlora.checkpoint import RunStore
 from fedlora.config.job import Job
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
+from fedlora.data.own import CLIENTS, held_out_only
 from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed
 from fedlora.logs import configure_from_environment, log_context
 from fedlora.models.loaded import load
@@ -107,6 +107,7 @@ def deploy(
     wanted, enough = wanted_clients(job)
     link = FlowerLink(
         dump_job(job),
+        run.spec.base_fingerprint,
         mail,
         nodes,
         offers,

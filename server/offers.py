@@ -54,6 +54,7 @@ class Offers:
             StorageError: the disk refused.
         """
         self._at = (number, attempt)
+        self.store.reopen(self.run, number)
         self._sizes = {digest: len(data) for digest, data in parts.items()}
         for data in parts.values():
             self.store.offer(self.run, data)

@@ -69,6 +69,8 @@ def _collect(handout: Handout, timed: Stopwatch) -> str:
     with timed("clients"):
         for reply in run.link.exchange(tasks, parts, run.settings.deadline_s):
             handout.admit(reply)
+    # in whatever order replies came, the record of the round is the same
+    handout.rejected.sort(key=lambda event: str(event["client"]))
     quorum = run.settings.quorum or math.ceil(2 * len(chosen) / 3)
     if len(handout.updates) >= max(1, quorum):
         return ""

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from fedlora.errors import StorageError, UploadRefused
-from fedlora.server.receipts import Receipt, encode_receipt
+from fedlora.server.receipts import Receipt, decode_receipt, encode_receipt
 from fedlora.storage import storage_errors, sync_folder, write_atomic
 
 BLOCK_BYTES = 1 << 20
@@ -198,7 +198,11 @@ class Upload:
         except OSError as e:
             raise StorageError(f"{self._place.lock} cannot be locked: {e.strerror}") from e
         if self._place.receipt.exists():
-            raise UploadRefused("taken", "the client has replied already")
+            found = decode_receipt(self._place.receipt.read_bytes())
+            if found.sha256 == self._announced.sha256:
+                # an upload of the same bytes was faster; Stat will say so
+                raise UploadRefused("busy", "the reply has just come")
+            raise UploadRefused("taken", f"the client has replied with {found.sha256}")
 
     def _go_on(self, offset_bytes: int) -> None:
         """Takes up what an earlier upload left."""

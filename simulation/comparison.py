@@ -23,6 +23,7 @@ from fedlora.simulation.contenders import (
     placed,
     run_name,
 )
+from fedlora.simulation.engine import check_engine
 from fedlora.simulation.federation import Federation
 from fedlora.simulation.measured import baseline_run, check_folder, strategy_run
 from fedlora.storage import write_atomic
@@ -70,6 +71,8 @@ def compare(
         StorageError: the disk refused.
     """
     jobs = contender_jobs(job, contenders, baselines)
+    for mine in jobs.values():
+        check_engine(mine)
     check_skews(job, skews)
     levels: list[float | None] = [*skews] or [None]
     seeds = [job.run.seed + i for i in range(num_seeds)]

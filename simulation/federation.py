@@ -1,13 +1,11 @@
-"""Federation: a run whose clients all live in this process."""
+"""Federation: a run whose clients are all simulated, in this process or in Ray's workers."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter import AdapterState
 from fedlora.checkpoint import RunStore
-from fedlora.client.site import site_for
 from fedlora.client.state import ClientState
 from fedlora.config.job import Job
 from fedlora.data.federated import ClientData, FederatedData
@@ -15,10 +13,15 @@ from fedlora.errors import ConfigError
 from fedlora.messages import ClientUpdate
 from fedlora.models.loaded import Loaded
 from fedlora.server.link import Link
-from fedlora.server.run import Emit, Run, Scores
+from fedlora.server.run import Emit, Run, Scores, metrics_log
+from fedlora.simulation.clients import SimulatedClients
+from fedlora.simulation.engine import check_engine, ray_link
 from fedlora.simulation.local import LocalLink
-from fedlora.simulation.scenario import Scenario
+from fedlora.simulation.virtual import VirtualLink
 from fedlora.strategies.base import StrategyState
+
+if TYPE_CHECKING:
+    from fedlora.simulation.ray_pool import Pool
 
 
 class Federation(Run):
@@ -30,6 +33,8 @@ class Federation(Run):
         clients: which clients take part, with their data; by default all of `loaded`.
         emit: receives every event, besides metrics.jsonl.
         progress: called with a client's name when its work begins.
+        pool: with run.engine = "ray", workers to use and to leave running; by default the run
+            starts and ends its own.
     """
 
     def __init__(
@@ -40,16 +45,13 @@ class Federation(Run):
         clients: Mapping[str, ClientData] | None = None,
         emit: Emit | None = None,
         progress: Callable[[str], None] | None = None,
+        pool: "Pool | None" = None,
     ) -> None:
         super().__init__(job, loaded, emit)
-        self.clients = dict(sorted((clients or loaded.data.clients).items()))
-        self.scenario = Scenario(
-            job.scenario,
-            list(self.clients),
-            rank=self.spec.rank,
-            seed=job.run.seed,
-            max_update_norm=job.federation.max_update_norm,
-        )
+        check_engine(job)
+        self._simulated = SimulatedClients(job, loaded, clients)
+        self.clients = self._simulated.data
+        self.scenario = self._simulated.scenario
         self.check([client.rank for client in self.scenario.clients])
         federation = job.federation
         if federation.mode == "async" and federation.buffer > len(self.clients):
@@ -57,9 +59,13 @@ class Federation(Run):
                 f"federation.buffer = {federation.buffer} is more than the {len(self.clients)} "
                 "clients of the federation; choose at most that"
             )
-        self._local = LocalLink(self.scenario, self._work, progress)
-        self.link: Link = self._local
         self._folder = Path()
+        self._virtual: VirtualLink
+        if job.run.engine == "ray":
+            self._virtual = ray_link(self._simulated, self._state, progress, self._differs, pool)
+        else:
+            self._virtual = LocalLink(self.scenario, self._work, progress)
+        self.link: Link = self._virtual
 
     def start(self, folder: Path) -> RunStore:
         """Creates the run folder with round 0 and reports the start.
@@ -78,19 +84,30 @@ class Federation(Run):
             }
             for info in self.scenario.clients
         }
-        return self.create(folder, {"clients": clients, "unusable": _unusable(self.loaded.data)})
+        return self.create(
+            folder,
+            {
+                "engine": self.job.run.engine,
+                "clients": clients,
+                "unusable": _unusable(self.loaded.data),
+            },
+        )
 
     def run(self, store: RunStore, until: int | None = None) -> StrategyState:
         """Runs from the last committed round to `until` (by default the end); see `Run.go`."""
         self._folder = store.folder
-        self._local.remember(store.folder / "held.json", store.load().round)
-        return self.go(
-            store, self.link, evaluate=self._evaluate, asynchronous=self._local, until=until
-        )
+        self._log = metrics_log(store)
+        self._virtual.held.remember(store.folder / "held.json", store.load().round)
+        try:
+            return self.go(
+                store, self.link, evaluate=self._evaluate, asynchronous=self._virtual, until=until
+            )
+        finally:
+            self._virtual.close()
 
     def personal(self, client: str, adapter: AdapterState, number: int) -> AdapterState:
         """The adapter of one client after round `number`: the global one but for its own part."""
-        memory = ClientState(self._folder / "clients" / client).before(number + 1)
+        memory = self._state(client).before(number + 1)
         kept = {
             name: tensor
             for key, tensor in memory.items()
@@ -117,12 +134,16 @@ class Federation(Run):
     def _evaluate(self, state: StrategyState, adapter: AdapterState) -> Mapping[str, float]:
         return self.global_scores(adapter, state.round)
 
+    def _state(self, client: str) -> ClientState:
+        return ClientState(self._folder / "clients" / client)
+
+    def _differs(self, why: str) -> None:
+        event = {"event": "machine", "round": 0, "why": why}
+        self._log.append(event)
+        self.emit(event)
+
     def _work(self, client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> ClientUpdate:
-        data = self.clients[client]
-        poisoned = self.scenario.poison(client, data.train, len(self.loaded.data.labels))
-        data = dataclasses.replace(data, train=poisoned)
-        folder = self._folder / "clients" / client
-        return site_for(self.job, self.loaded, client, data, folder).work(manifest, fetch)
+        return self._simulated.work(client, manifest, fetch, self._state(client))
 
 
 def _unusable(data: FederatedData) -> dict[str, Any]:

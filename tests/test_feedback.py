@@ -57,7 +57,7 @@ def test_a_change_too_small_to_travel_arrives_in_the_end(coding):
     change = torch.full((9, 10), 1e-3)
     change[0, 0] = 0.5
     owed, total, bare = {}, torch.zeros(9, 10).double(), torch.zeros(9, 10).double()
-    count = 400
+    count = 200
     for _ in range(count):
         x = add_feedback({"x": change}, owed)
         received = round_trip(x, coding)

@@ -11,7 +11,6 @@ from fedlora.errors import CertificateError
 
 if TYPE_CHECKING:
     from fedlora.pki import Authority, Issued, Subject
-    from fedlora.pki.keys import KeyFiles
 
 app = typer.Typer(
     help="Make, sign and revoke the certificates of a federation.",
@@ -95,39 +94,25 @@ def issue(
 
     Example: fedlora certs issue site-0.csr --ca ca --out signed
     """
-    from fedlora.pki import Authority, KeyFiles
-    from fedlora.pki.files import make_folder, read_file, write_over
-    from fedlora.pki.keys import new_key, read_request, write_key_files
+    from fedlora.pki import Authority, answer_request, equip
+    from fedlora.pki.keys import read_request
 
     authority = Authority(ca)
+    now, lifetime = datetime.now(UTC), timedelta(days=days)
+    before = timedelta(minutes=backdate)
     if what.endswith(".csr"):
         asked = read_request(Path(what))
-        subject, public, key = asked.subject, asked.key, None
+        subject = asked.subject
         typer.echo(f"{what} asks for: {_shown(subject)}")
         _confirm(subject, role, host or [])
-    else:
-        subject, key = _subject(what, role, host), new_key()
-        public = key.public_key()
-    make_folder(out)
-    files = KeyFiles.of(subject.name, out)
-    if files.ca.exists() and read_file(files.ca, "certificate") != authority.ca_pem:
-        raise CertificateError(
-            f"{files.ca} is of another authority than {ca}; give another folder with --out"
+        files, issued = answer_request(
+            authority, asked, out, now=now, lifetime=lifetime, backdate=before, renew=renew
         )
-    if key is not None:
-        _refuse_old_key(files)
-    issued = authority.sign(
-        subject,
-        public,
-        now=datetime.now(UTC),
-        lifetime=timedelta(days=days),
-        backdate=timedelta(minutes=backdate),
-        renew=renew,
-    )
-    if key is not None:
-        write_key_files(key, files)
-    write_over(files.ca, authority.ca_pem)
-    write_over(files.certificate, issued.pem)
+    else:
+        subject = _subject(what, role, host)
+        files, issued = equip(
+            authority, subject, out, now=now, lifetime=lifetime, backdate=before, renew=renew
+        )
     typer.echo(
         f"wrote {files.certificate}: {_shown(subject)}; serial {issued.serial}, valid until "
         f"{issued.certificate.not_valid_after_utc:%Y-%m-%d}"
@@ -192,14 +177,6 @@ def _confirm(asked: "Subject", role: str, hosts: list[str]) -> None:
         f"you named role {role!r} and hosts: {', '.join(hosts) or 'none'}; if {asked.name!r} shall "
         f"have that, add: --role {asked.role}{flags}"
     )
-
-
-def _refuse_old_key(files: "KeyFiles") -> None:
-    if files.key.exists():
-        raise CertificateError(
-            f"{files.key} exists and is not overwritten; give another folder, or for a new "
-            f"certificate of that key: fedlora certs issue {files.request}"
-        )
 
 
 def _shown(subject: "Subject") -> str:

@@ -87,7 +87,7 @@ class LiveView:
             self._done = self._first = event["round"]
             self._began = time.monotonic()
             self._say(f"continuing after round {event['round']}")
-        elif kind == "fallback":
+        elif kind in ("fallback", "machine"):
             self._say(f"warning: {event['why']}", keep=True)
         elif kind == "waiting":
             here = ", ".join(event["clients"]) or "nobody"

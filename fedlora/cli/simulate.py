@@ -17,6 +17,7 @@ from fedlora.config.load import load_job
 from fedlora.errors import EXIT_INTERRUPTED, ConfigError
 from fedlora.models.loaded import load
 from fedlora.server.results import is_finished
+from fedlora.simulation.engine import check_engine
 from fedlora.simulation.federation import Federation
 from fedlora.simulation.results import finish
 from fedlora.strategies import STRATEGIES
@@ -68,6 +69,7 @@ def run_simulate(
 ) -> None:
     """Runs a new federation."""
     job = read_job(path, overrides)
+    check_engine(job)
     if job.adapter.start is None:
         # a wrong name or option need not wait for the model and the data
         make_strategy(job.federation, METHODS[job.adapter.method])
@@ -83,6 +85,7 @@ def run_simulate(
 def run_resume(folder: Path, *, as_json: bool) -> None:
     """Continues a run folder."""
     job = load_job(folder / "job.toml") if (folder / "job.toml").is_file() else Job()
+    check_engine(job)
     store = RunStore.open(folder, job.digest())
     store.load()
     view = LiveView(job, folder, quiet=as_json)

@@ -4,6 +4,7 @@ Keys are EC P-384: TLS takes them, and Flower takes them for the authentication 
 """
 
 from fedlora.pki.authority import Authority, Issued
+from fedlora.pki.handout import answer_request, equip
 from fedlora.pki.keys import KeyFiles, write_request
 from fedlora.pki.revoked import Revoked
 from fedlora.pki.subject import ROLES, Role, Subject
@@ -16,5 +17,7 @@ __all__ = [
     "Revoked",
     "Role",
     "Subject",
+    "answer_request",
+    "equip",
     "write_request",
 ]

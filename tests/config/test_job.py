@@ -77,7 +77,7 @@ def test_problems_are_reported_together():
         'trainings is not a known key (did you mean "training"?)',
         "adapter.rank = 0: input should be greater than or equal to 1",
         "federation.rounds = '5': input should be a valid integer",
-        "run.engine = 'locl' is not known (did you mean \"local\"?); known: local",
+        "run.engine = 'locl' is not known (did you mean \"local\"?); known: local, ray",
     ):
         assert part in text, part
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.pki import Authority, KeyFiles, Subject
-from fedlora.pki.keys import new_key, write_key_files
+from fedlora.pki import Authority, Subject, equip
 from fedlora.tls import TlsFiles
 
 NOW = datetime(2030, 6, 1, 12, 0, tzinfo=UTC)
@@ -22,11 +21,7 @@ def hand_out(
     lifetime: timedelta = timedelta(days=365),
 ) -> TlsFiles:
     """A new key and its certificate in `folder`."""
-    key, files = new_key(), KeyFiles.of(subject.name, folder)
-    write_key_files(key, files)
-    issued = authority.sign(subject, key.public_key(), now=now, lifetime=lifetime, renew=True)
-    files.certificate.write_bytes(issued.pem)
-    files.ca.write_bytes(authority.ca_pem)
+    files, _ = equip(authority, subject, folder, now=now, lifetime=lifetime, renew=True)
     return TlsFiles(files.ca, files.certificate, files.key)
 
 

@@ -120,7 +120,7 @@ def test_the_server_speaks_another_protocol(world):
 
 def test_the_server_hangs(world):
     assert "did not answer within 0.2 s" in found(silent, world.mine, timeout_s=0.2)
-    text = found(of(world.theirs, None, silent), world.mine, timeout_s=0.2)
+    text = found(of(world.theirs, None, silent), world.mine, timeout_s=1.0)
     assert "is silent" in text
 
 
@@ -136,6 +136,16 @@ def test_our_certificate_is_foreign(world, version):
 def test_our_certificate_has_expired(world, version):
     text = found(of(world.theirs, world.mine.ca, version=version), world.outdated)
     assert "expired by the server's clock" in text
+
+
+@pytest.mark.parametrize("field", ["ca", "certificate", "key"])
+def test_our_own_files_are_damaged(world, tmp_path, field):
+    mess = tmp_path / "mess.pem"
+    mess.write_text("nothing")
+    for path in (mess, tmp_path / "gone.pem"):
+        text = found(of(world.theirs), dataclasses.replace(world.mine, **{field: path}))
+        assert "our own files" in text
+        assert str(path) in text
 
 
 def test_without_tls(world):
@@ -182,10 +192,16 @@ def test_grpc_servers_are_diagnosed_like_any_other(world, grpc_server):
     """gRPC has a TLS of its own, whose alerts are not those of OpenSSL."""
     port = grpc_server(world.theirs, world.mine.ca)
     assert "takes our certificate" in diagnose("localhost", port, world.mine).text
-    foreign = dataclasses.replace(world.stranger, ca=world.mine.ca)
-    assert "take the certificate" in diagnose("localhost", port, foreign).text or (
-        "not accept our certificate" in diagnose("localhost", port, foreign).text
-    )
+    for tls, why in (
+        (world.outdated, "expired at"),
+        (dataclasses.replace(world.stranger, ca=world.mine.ca), "not by the authority in"),
+        (world.theirs, "that of a server, which cannot call"),
+    ):
+        text = diagnose("localhost", port, tls).text
+        assert "does not take the certificate" in text
+        assert why in text
+    port = grpc_server(world.theirs, world.stranger.ca)
+    assert "the server trusts another authority" in diagnose("localhost", port, world.mine).text
     port = grpc_server(world.stranger, world.mine.ca)
     assert "wrong CA" in diagnose("localhost", port, world.mine).text
     port = grpc_server(None, None)

@@ -103,6 +103,9 @@ def test_the_first_whole_reply_stands(tmp_path):
         store.held(TICKET, digest(b"other"))
     with refused("taken"):
         begun(store, b"other", upto=0)
+    # the same bytes once more: to be asked about again
+    with refused("busy"):
+        begun(store, upto=0)
     assert store.receipt(TICKET).sha256 == digest(DATA)
 
 
@@ -228,6 +231,19 @@ def test_a_forgotten_round_is_gone_and_takes_no_late_reply(tmp_path):
     assert store.received("run", 4, 1) == {}
     assert set(store.received("run", 40, 1)) == {"site-0"}
     assert store.used() == len(DATA) + len(encode_receipt(store.receipt(later)))
+
+
+def test_a_round_that_is_done_anew_takes_replies_again(tmp_path):
+    store = BlobStore(tmp_path)
+    upload(store)
+    store.forget_round(TICKET.run, TICKET.round)
+    store.reopen(TICKET.run, TICKET.round + 1)
+    with refused("closed"):
+        upload(store)
+    store.reopen(TICKET.run, TICKET.round)
+    assert not store.received(TICKET.run, TICKET.round, TICKET.attempt)
+    upload(store)
+    assert store.received(TICKET.run, TICKET.round, TICKET.attempt)
 
 
 def test_finished_runs_and_half_deleted_ones_are_collected(tmp_path):

@@ -5,12 +5,14 @@ import json
 import threading
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from fedlora.client.exchange import ExchangeClient
 from fedlora.errors import ConfigError, TransferError
 from fedlora.protos.exchange_pb2 import (
     DownloadRequest,
@@ -165,6 +167,39 @@ def test_a_caller_without_a_certificate_of_our_ca_gets_no_connection(served):
         request = StatRequest(sha256="0" * 64)
         error = refusal(lambda s=stub, r=request: s.Stat(r, metadata=metadata(served.ticket())))
         assert error.code() == Code.UNAVAILABLE
+
+
+def given_up(served, credentials, *, port=None, patience_s=0.3) -> str:
+    """What a client with these credentials says in the end."""
+    address = f"127.0.0.1:{port or served.port}"
+    client = ExchangeClient(address, credentials, patience_s=patience_s)
+    with pytest.raises(TransferError) as caught:
+        client.fetch(served.ticket("down"), "0" * 64)
+    client.close()
+    assert address in str(caught.value)
+    return str(caught.value)
+
+
+def test_why_there_is_no_connection_is_said(served, tmp_path):
+    stranger = Authority()
+    own = served.authority.issue("site-0", "client")
+    # nothing that time could repair, so the patience is not waited for
+    assert "CA" in given_up(served, stranger.channel_credentials(own), patience_s=1e6)
+    old = served.authority.issue("site-0", "client", shift=timedelta(days=-3))
+    for credentials in (None, served.authority.channel_credentials(old)):
+        assert "may not accept this client's certificate" in given_up(served, credentials)
+    for days, why in (
+        (-3, "has expired; this machine's clock"),
+        (3, "not valid yet; this machine"),
+    ):
+        issued = served.authority.issue("exchange", "server", shift=timedelta(days=days))
+        credentials = served.authority.server_credentials(issued, mutual=True)
+        folder = tmp_path / str(days)
+        folder.mkdir()
+        with exchange(folder, authority=served.authority, credentials=credentials) as other:
+            assert why in given_up(served, served.credentials(), port=other.port, patience_s=1e6)
+    with exchange(tmp_path, mutual=False, credentials=None) as plain:
+        assert "talks plain text" in given_up(served, served.credentials(), port=plain.port)
 
 
 BODIES = {
@@ -433,8 +468,6 @@ def test_plain_text_is_served_only_without_identities_and_on_request(tmp_path):
     with pytest.raises(ConfigError, match="TLS"):
         Exchange(tmp_path, credentials=None)
     with exchange(tmp_path, mutual=False, credentials=None) as served:
-        from fedlora.client.exchange import ExchangeClient
-
         client = ExchangeClient(f"127.0.0.1:{served.port}", None, patience_s=20)
         assert client.send(served.ticket(), b"{}", b"abc") == 3
         client.close()

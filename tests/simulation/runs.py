@@ -47,15 +47,21 @@ class Tap:
 class Run:
     """One run folder; `go` may be called again and again, each time as a new process would."""
 
-    def __init__(self, job, folder, loaded=None, clients=None):
+    def __init__(self, job, folder, loaded=None, clients=None, pool=None):
+        self.pool = pool
         self.job, self.folder, self.clients = job, folder, clients
         self.loaded = loaded or loaded_for(job)
         self.events = []
         self.federation = None
 
-    def go(self, until=None, work=None):
+    def go(self, until=None, work=None, progress=None):
         self.federation = Federation(
-            self.job, self.loaded, clients=self.clients, emit=self.events.append
+            self.job,
+            self.loaded,
+            clients=self.clients,
+            emit=self.events.append,
+            progress=progress,
+            pool=self.pool,
         )
         if work is not None:
             self.federation.link.work = work(self.federation)
