@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from fedlora.client.order import read_order
 from fedlora.config.load import dump_job
 from fedlora.models.loaded import load
-from fedlora.protos.worker_pb2 import WorkHeader
+from fedlora.protos.worker_pb2 import WorkHeader, WorkMessage
 from fedlora.simulation.federation import Federation
 from fedlora.wire import decode_broadcast
 
@@ -20,6 +21,7 @@ class Exchanged:
     update: bytes
     payload: bytes
     base: str
+    bytes_down: int
 
     @property
     def round(self):
@@ -27,6 +29,9 @@ class Exchanged:
 
     def header(self, **fields):
         return WorkHeader(job_toml=self.job, manifest=self.manifest, **fields)
+
+    def order(self, **fields):
+        return read_order([WorkMessage(header=self.header(**fields))])
 
 
 def record(job, folder):
@@ -53,6 +58,7 @@ def record(job, folder):
                         reply.manifest,
                         reply.payload,
                         federation.loaded.base.fingerprint,
+                        reply.bytes_down - len(manifest),
                     )
                 )
                 yield reply
