@@ -61,7 +61,7 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /u
     && install -d -o fedlora -g fedlora -m 0750 \
         /var/lib/fedlora /var/cache/fedlora /enrol /operator /runs
 COPY --from=builder /opt/fedlora /opt/fedlora
-COPY docker/server.sh docker/run.sh docker/healthy.py /usr/local/lib/fedlora/
+COPY docker/server.sh docker/client.sh docker/run.sh docker/healthy.py /usr/local/lib/fedlora/
 ENV PATH=/opt/fedlora/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -6,9 +6,11 @@ set -eu
 clients=${CLIENTS:-$(getent ahostsv4 client | awk '{ print $1 }' | sort -u | wc -l)}
 out=/runs/${RUN:-$(date -u +%Y%m%d-%H%M%S)}
 if [ -z "${JOB:-}" ]; then
-    JOB=$(python -c 'from importlib.util import find_spec as f; print(*f("fedlora").submodule_search_locations)')/config/quickstart.toml
-    # what needs the data of all clients in one place
-    set -- --override "evaluation.baselines=[]" "$@"
+    package=$(python -c 'from importlib.util import find_spec; print(find_spec("fedlora").origin)')
+    JOB=${package%/*}/config/quickstart.toml
+    # baselines need the data of all clients in one place; a natural division has four clients
+    # with names of its own
+    set -- --override "evaluation.baselines=[]" --override "partition.kind=dirichlet" "$@"
 fi
 exec fedlora run "$JOB" --server server:8443 --certs /operator --out "$out" \
     --override "partition.clients=$clients" "$@"
