@@ -66,7 +66,7 @@ class Pool:
         Args:
             job: what comes next; errands of another one are dropped.
             check: refuses a worker whose facts are not the server's.
-            progress: called with a client's name when a worker is given its task.
+            progress: called with a client's name when a worker begins its task.
         """
         self.forget()
         self._job, self._check, self._progress = ray.put(job), check, progress
@@ -129,7 +129,8 @@ class Pool:
                 if self._waiting and seat.loading is None and len(seat.given) < deep:
                     errand = self._waiting.popleft()
                     seat.given.append((seat.worker.work.remote(errand), errand))
-                    self._progress(errand.task.client)
+                    if deep == 1:
+                        self._progress(errand.task.client)
 
     def _wait(self) -> tuple[Errand, Done] | None:
         by_reference = {}
@@ -173,6 +174,8 @@ class Pool:
         errand = next(errand for ref, errand in seat.given if ref == reference)
         seat.given = deque(x for x in seat.given if x[0] != reference)
         self._died.pop(errand.task.client, None)
+        if seat.given:
+            self._progress(seat.given[0][1].task.client)
         return errand, found
 
     def _replace(self, seat: _Seat, error: RayActorError) -> None:
