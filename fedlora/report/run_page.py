@@ -87,7 +87,7 @@ def _setting(run: RunRecord) -> Html:
         f"{strategy} over {method}, rank {run.section('adapter').get('rank')}",
         f"model {model.get('name')}",
         f"data {data.get('source')}, {partition.get('kind')} partition",
-        f"seed {job.get('seed')}",
+        f"engine {job.get('engine')}, seed {job.get('seed')}",
     ]
     if "num_trained" in run.start:
         facts.insert(1, f"{run.start['num_trained']:,} trained numbers")

@@ -1,10 +1,7 @@
 """The Ray engine: the bits and bytes of the local one, also when workers die."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,12 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ray = pytest.importorskip("ray", reason="the Ray engine needs the extra `ray`")
 
 from fedlora.config.job import Job  # noqa: E402
-from fedlora.config.load import dump_job  # noqa: E402
 from fedlora.errors import ConfigError  # noqa: E402
 from fedlora.models.loaded import load  # noqa: E402
 from fedlora.simulation.ray_cluster import Cluster  # noqa: E402
 from fedlora.simulation.ray_pool import Pool  # noqa: E402
-from tests.cli.command import fedlora  # noqa: E402
 from tests.simulation.runs import Run  # noqa: E402
 
 TROUBLED = {
@@ -239,63 +234,10 @@ def test_clients_that_no_worker_knows_are_refused(both):
         other.go()
 
 
-@pytest.mark.parametrize("verb", ["simulate", "compare"])
-def test_without_ray_the_engine_is_refused_before_anything_is_loaded(
-    monkeypatch, capsys, tmp_path, verb
-):
-    (tmp_path / "job.toml").write_text('model.name = "not there"\nrun.engine = "ray"\n')
-    monkeypatch.setitem(sys.modules, "ray", None)
-    words = [verb, tmp_path / "job.toml", "--out", tmp_path / "x"]
-    done = fedlora(monkeypatch, capsys, *words)
-    assert done.code == 2
-    assert "pip install 'fedlora[ray]'" in done.err
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("text", ["0", "two", "-1"])
-def test_a_number_of_workers_that_is_none_is_refused(monkeypatch, text):
-    monkeypatch.setenv("FEDLORA_RAY_WORKERS", text)
-    with pytest.raises(ConfigError, match="no number of workers"):
-        Cluster(Job(), 2)
-
-
 def test_a_cluster_that_cannot_hold_a_worker_is_refused(pool):
     job = Job.model_validate({"run": {"threads": 64}})
     with pytest.raises(ConfigError, match=r"2 processors .* run\.threads = 64"):
         Cluster(job, 2)
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_keeps_the_committed_rounds(make_job, tmp_path):
-    """Sent to the whole process group, as a terminal does."""
-    job = make_job(federation={"rounds": 1_000_000}, run={"engine": "ray"})
-    (tmp_path / "job.toml").write_text(dump_job(job))
-    run = tmp_path / "run"
-    words = ["simulate", str(tmp_path / "job.toml"), "--out", str(run)]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "fedlora.cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert child.stdout is not None
-    assert child.stderr is not None
-    while not child.stdout.readline().startswith("round 2/"):
-        assert child.poll() is None, child.stderr.read()
-    os.killpg(child.pid, signal.SIGINT)
-    # ends only when every worker has let go of the pipes it inherited
-    _, err = child.communicate(timeout=120)
-    assert child.returncode == 130
-    assert f"fedlora resume {run}" in err
-    assert "Traceback" not in err
-    head = int((run / "HEAD").read_text().split()[0])
-    assert head >= 2
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == head + 1
-    local = Run(make_job(federation={"rounds": 1_000_000}), tmp_path / "local", load(make_job()))
-    local.go(until=head)
-    assert local.adapters() == [line["adapter_sha256"] for line in lines[1:]]
 
 
 @pytest.mark.slow
