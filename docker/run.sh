@@ -12,5 +12,6 @@ if [ -z "${JOB:-}" ]; then
     # with names of its own
     set -- --override "evaluation.baselines=[]" --override "partition.kind=dirichlet" "$@"
 fi
+for override in ${OVERRIDES:-}; do set -- "$@" --override "$override"; done
 exec fedlora run "$JOB" --server server:8443 --certs /operator --out "$out" \
     --override "partition.clients=$clients" "$@"
