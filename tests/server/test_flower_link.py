@@ -1,5 +1,6 @@
 """The link over Flower and the exchange, with a Grid whose nodes the test plays."""
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -257,3 +258,24 @@ def test_an_update_is_acknowledged_with_the_next_work(store):
     list(link.exchange([later], {sha256(PART): PART}, 5.0))
     fields = grid.posted[1].content.config_records[CONFIG]
     assert list(fields["acknowledged"]) == [sha256(task("ann").manifest)]
+
+
+@pytest.mark.parametrize("clients", [8, 64])
+def test_one_update_at_a_time_is_in_memory(store, clients):
+    size = 1 << 20
+    names = [f"c{k:02d}" for k in range(clients)]
+    grid = PlayedGrid(**dict.fromkeys(names, 0))
+    grid.act = lambda grid, message: upload(store, message, bytes(size))
+    link = link_of(grid, store)
+    link.gather(clients)
+    tasks = [replace(task(name), max_bytes=size) for name in names]
+    replies = link.exchange(tasks, {sha256(PART): PART}, 60.0)
+    assert len(next(replies).payload) == size
+    tracemalloc.start()
+    try:
+        assert sum(len(reply.payload) for reply in replies) == (clients - 1) * size
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # the one that is handed out, and the one that is read next
+    assert peak < 3 * size
