@@ -136,6 +136,4 @@ def _array(payload: bytes) -> Array:
 
 
 def _reply(message: Message, fields: Mapping[str, str | bytes | int | float]) -> Message:
-    record = ConfigRecord()
-    record.update(fields)
-    return Message(RecordDict({CONFIG: record}), reply_to=message)
+    return Message(RecordDict({CONFIG: ConfigRecord({**fields})}), reply_to=message)

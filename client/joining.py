@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,13 @@ class Joined:
     flower_port: int
 
 
-def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joined:
+def join(
+    server: str,
+    name: str,
+    tls: TlsFiles | None,
+    public_key: bytes,
+    clock: Callable[[], float] = time.time,
+) -> Joined:
     """Calls the server once.
 
     Args:
@@ -39,6 +46,7 @@ def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joi
         name: of this client.
         tls: this client's certificate; None for plain text.
         public_key: of this client's SuperNode (PEM).
+        clock: seconds since 1970-01-01 UTC.
 
     Raises:
         ConfigError: not of the form HOST:PORT.
@@ -51,7 +59,7 @@ def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joi
     credentials = tls.load("client") if tls else None
     with channel(server, credentials) as opened:
         request = pb.JoinRequest(
-            version=__version__, name=name, public_key=public_key, clock_s=time.time()
+            version=__version__, name=name, public_key=public_key, clock_s=clock()
         )
         try:
             reply = ConsortiumStub(opened).Join(request, timeout=CALL_S)
@@ -65,7 +73,7 @@ def join(server: str, name: str, tls: TlsFiles | None, public_key: bytes) -> Joi
             f"server {server} runs fedlora {reply.version!r}, this client {__version__!r}; "
             "install the same version on both"
         )
-    check_clock(time.time(), reply.clock_s)
+    check_clock(clock(), reply.clock_s)
     return Joined(reply.flower_port)
 
 

@@ -31,7 +31,7 @@ LONGEST_WAIT_S = 15.0
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
 }
 
 
@@ -207,7 +207,7 @@ class ClientSupervisor:
     def _node(self, joined: Joined) -> Child:
         options = self.options
         host = options.server.rpartition(":")[0]
-        command = [str(Path(sys.executable).with_name("flower-supernode"))]
+        command = [sys.executable, "-m", "fedlora.client.supernode"]
         command += ["--superlink", f"{host}:{joined.flower_port}", "--port", str(_free_port())]
         config = {"name": options.seat.name, "worker-socket": str(self.socket), "server-host": host}
         pairs = [f'{key}="{value}"' for key, value in config.items()]
@@ -217,7 +217,9 @@ class ClientSupervisor:
         else:
             command += ["--root-certificates", str(options.tls.ca)]
             command += ["--auth-supernode-private-key", str(self.home / "node.key")]
-        return Child("supernode", command, self.home / "logs" / "supernode.log", QUIET)
+        return Child(
+            "supernode", command, self.home / "logs" / "supernode.log", {**QUIET, **options.logging}
+        )
 
 
 def _socket_path(home: Path) -> Path:

@@ -5,7 +5,7 @@ Server to client, ConfigRecord "fedlora": `job` (TOML), `manifest` (bytes), `exc
 `upload_ticket`, `acknowledged` (digests of manifests whose updates have been taken in), `base`
 (fingerprint of the base model; may be missing). Client to server: `manifest`, `error` and
 `code`, `bytes_down`, `bytes_up`, `seconds_to_first_step`, `kept`. A query is answered by
-`name`, `version`, `rank` and `pid`, or `error`.
+`name`, `version`, `rank`.
 
 Without an exchange, parts ride in ArrayRecord "parts", one array of bytes for each digest, and
 the update's payload in ArrayRecord "payload".

@@ -31,6 +31,7 @@ class Consortium(ConsortiumServicer):
         flower_port: of the SuperLink.
         register: (client, public key) -> lets its SuperNode in; None without authentication.
         is_known: callers prove who they are by certificates.
+        is_revoked: whether the certificate with this serial number is void.
         allow_plugins: jobs may bring the file of their strategy.
     """
 
@@ -41,12 +42,14 @@ class Consortium(ConsortiumServicer):
         flower_port: int,
         register: Callable[[str, bytes], None] | None,
         is_known: bool,
+        is_revoked: Callable[[int], bool],
         allow_plugins: bool,
     ) -> None:
         self.home = home
         self.flower_port = flower_port
         self.register = register
         self.is_known = is_known
+        self.is_revoked = is_revoked
         self.allow_plugins = allow_plugins
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:  # noqa: N802
@@ -185,6 +188,12 @@ class Consortium(ConsortiumServicer):
                 context,
                 grpc.StatusCode.UNAUTHENTICATED,
                 "no certificate was presented; give one with --certs",
+            )
+        if self.is_revoked(identity.serial):
+            self._abort(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"the certificate of {identity.name!r} was revoked; ask the operator for another",
             )
         if identity.role != role:
             self._abort(

@@ -56,16 +56,18 @@ def serve(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGINT, lambda *_: stopped.set())
     tls = None if options.insecure else TlsFiles(options.ca, options.cert, options.key)
     control = FlowerControl(options.flower_port, tls.ca if tls else None)
+    revoked = Revoked(options.ca_folder / "revoked.json") if options.ca_folder else None
+    is_revoked = revoked.is_revoked if revoked else _nobody
     consortium = Consortium(
         home,
         flower_port=options.flower_port,
         register=control.register if tls else None,
         is_known=tls is not None,
+        is_revoked=is_revoked,
         allow_plugins=options.allow_plugins,
     )
     store = BlobStore(home.exchange)
     store.collect([place.run for place in home.places() if place.outcome() is None])
-    revoked = Revoked(options.ca_folder / "revoked.json") if options.ca_folder else None
     enrolment = (
         DropBox(Authority(options.ca_folder), options.enrol)
         if options.enrol and options.ca_folder
@@ -77,7 +79,7 @@ def serve(options: argparse.Namespace) -> None:
         address=f"{options.host}:{options.port}",
         credentials=_credentials(tls),
         require_identity=tls is not None,
-        is_revoked=revoked.is_revoked if revoked else lambda serial: False,
+        is_revoked=is_revoked,
         events=FollowedFolders(home.runs),
         services={
             "fedlora.v1.Consortium": lambda grpc_server: add_ConsortiumServicer_to_server(
@@ -94,6 +96,10 @@ def serve(options: argparse.Namespace) -> None:
     finally:
         server.drain(DRAIN_S)
         control.close()
+
+
+def _nobody(serial: int) -> bool:
+    return False
 
 
 def _credentials(tls: TlsFiles | None) -> grpc.ServerCredentials | None:

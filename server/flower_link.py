@@ -5,25 +5,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.common.constant import ErrorCode
 
 from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, text
 from fedlora.server.journal import Event
 from fedlora.server.link import Reply, Task
-from fedlora.server.mail import Mail
+from fedlora.server.mail import AWAY, Mail
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers, ReceivedBytes
 from fedlora.strategies.base import ClientInfo
 from fedlora.wire import decode_broadcast, sha256
-
-# what Flower answers itself for a node that is off line, or a ClientApp that was killed
-AWAY = (
-    ErrorCode.NODE_UNAVAILABLE,
-    ErrorCode.MESSAGE_UNAVAILABLE,
-    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-    # the worker goes on without its caller
-    ErrorCode.CLIENT_APP_CRASHED,
-)
 
 # seconds between two looks at the disk, at Flower's replies, and at the nodes
 LOOK_S, PULL_S, NODES_S = 0.05, 0.3, 2.0

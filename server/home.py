@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from fedlora.storage import storage_errors, write_atomic
 
 # a run's lineage id: also part of paths, and of what peers send
 RUN_ID = re.compile(r"[0-9a-f]{16}")
+
+# whoever looks whether a run is worked on holds its lock for a moment
+LOCK_S = 1.0
 
 # names the folder of a server to the processes that Flower starts
 HOME_VARIABLE = "FEDLORA_SERVER_HOME"
@@ -141,12 +145,13 @@ class Place:
         with storage_errors(self.path):
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                raise RunFolderError(
-                    f"run {self.run} is worked on by another process; wait for it"
-                ) from e
+            ends = time.monotonic() + LOCK_S
+            while not _locked(descriptor):
+                if time.monotonic() > ends:
+                    raise RunFolderError(
+                        f"run {self.run} is worked on by another process; wait for it"
+                    )
+                time.sleep(0.01)
             yield
         finally:
             os.close(descriptor)
@@ -158,10 +163,15 @@ class Place:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        else:
-            return False
+            return not _locked(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Takes the lock on a file; says whether it could."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from fedlora.config.job import Job
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
 from fedlora.data.own import CLIENTS, held_out_only
-from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed
+from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed, StorageError
 from fedlora.logs import configure_from_environment, log_context
 from fedlora.models.loaded import load
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.deployable import check_deployable, wanted_clients
 from fedlora.server.event_log import log_event
 from fedlora.server.flower_link import FlowerLink
-from fedlora.server.home import Home, Outcome
+from fedlora.server.home import Home, Outcome, Place
 from fedlora.server.journal import Event
 from fedlora.server.mail import Mail
 from fedlora.server.metrics import MetricsLog
@@ -56,21 +57,44 @@ def work_on(home: Home, run: str, grid: Grid) -> None:
                 journal.append(event)
                 log_event(event)
 
-            deploy(job, grid, place.folder, offers, emit, run, settings.device, journal)
+            deploy(
+                _with_plugin(job, place),
+                grid,
+                place.folder,
+                offers,
+                emit,
+                run,
+                settings.device,
+                journal,
+                dump_job(job),
+            )
         except FedloraError as e:
-            journal.append({"event": "failed", "exit_code": e.exit_code, "why": str(e)})
-            place.end(Outcome("failed", e.exit_code, str(e)))
+            _fail(place, journal, e.exit_code, str(e))
             raise
         except Exception as e:
-            why = f"{type(e).__name__}: {e}"
-            journal.append({"event": "failed", "exit_code": EXIT_FAILED, "why": why})
-            place.end(Outcome("failed", EXIT_FAILED, why))
+            _fail(place, journal, EXIT_FAILED, f"{type(e).__name__}: {e}")
             raise
         # the last commit may be older than this process
         if not any(event["event"] == "end" for event in journal.read()):
             emit({"event": "end", "round": job.federation.rounds})
         place.end(Outcome("finished", 0))
         store.remove_run(run)
+
+
+def _fail(place: Place, journal: MetricsLog, exit_code: int, why: str) -> None:
+    # on a full disk neither may fit; then the run is tried again once there is space
+    with suppress(StorageError):
+        place.end(Outcome("failed", exit_code, why))
+        journal.append({"event": "failed", "exit_code": exit_code, "why": why})
+
+
+def _with_plugin(job: Job, place: Place) -> Job:
+    """The job with its strategy's file where the server keeps it; clients need none."""
+    _, plugin, name = job.federation.strategy.partition(".py:")
+    if not plugin:
+        return job
+    federation = job.federation.model_copy(update={"strategy": f"{place.plugin}:{name}"})
+    return job.model_copy(update={"federation": federation})
 
 
 def deploy(
@@ -82,6 +106,7 @@ def deploy(
     run_id: str | None,
     device: str,
     journal: MetricsLog | None = None,
+    job_for_clients: str | None = None,
 ) -> None:
     """Runs a job with the clients behind a Grid, from its last committed round to the end.
 
@@ -92,6 +117,7 @@ def deploy(
         run_id: lineage id of a new run.
         device: the server's own, for evaluation.
         journal: of events, brought in line with what was committed before a crash.
+        job_for_clients: the job as clients get it; by default this one.
 
     Raises:
         FedloraError: the run failed; what was committed stands.
@@ -106,7 +132,7 @@ def deploy(
     nodes = Nodes(mail, run.spec.rank, emit)
     wanted, enough = wanted_clients(job)
     link = FlowerLink(
-        dump_job(job),
+        job_for_clients or dump_job(job),
         run.spec.base_fingerprint,
         mail,
         nodes,

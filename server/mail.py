@@ -6,10 +6,20 @@ from contextlib import contextmanager
 
 import httpx
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fedlora.errors import RunFailed
+
+# what Flower answers itself for a node that is off line, or a ClientApp that was killed
+AWAY = (
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    # the worker goes on without its caller
+    ErrorCode.CLIENT_APP_CRASHED,
+)
 
 # a SuperLink that was killed is back before that, or an operator is needed
 AWAY_S = 120.0
@@ -29,9 +39,9 @@ class Mail:
         self.grid = grid
         self._away_since: float | None = None
 
-    def nodes(self) -> list[NodeInfo]:
-        """The nodes that are on line; none while the SuperLink is away."""
-        found: list[NodeInfo] = []
+    def nodes(self) -> list[NodeInfo] | None:
+        """The nodes that are on line; None while the SuperLink is away."""
+        found: list[NodeInfo] | None = None
         with self._patience():
             found = list(self.grid.get_nodes())
         return found

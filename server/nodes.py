@@ -9,11 +9,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedlora import __version__
 from fedlora.flower_records import CONFIG, QUERY, text
 from fedlora.server.journal import Event
-from fedlora.server.mail import Mail
+from fedlora.server.mail import AWAY, Mail
 from fedlora.strategies.base import ClientInfo
 
-# a node that did not answer is greeted again after so many seconds
-GREET_AGAIN_S = 20.0
+# a node answers a greeting once it is done with what it does, if it takes no longer than this
+GREETING_S = 600.0
+# a node whose worker was not ready is greeted again after so many seconds
+GREET_AGAIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,26 @@ class Nodes:
         self.emit = emit
         self.seats: dict[str, Seat] = {}
         self._registered: dict[int, str] = {}
+        # node -> its greeting (empty once it was answered), and when it may be greeted again
         self._greeted: dict[int, tuple[str, float]] = {}
         self._refused: dict[int, str] = {}
         self._online: set[int] = set()
 
     def look(self) -> None:
         """Sees who is there, greets who is new, takes in who has answered; never waits."""
-        nodes = {node.node_id: node.name for node in self.mail.nodes()}
+        found = self.mail.nodes()
+        if found is None:
+            # Flower is away, which says nothing of the nodes
+            return
+        nodes = {node.node_id: node.name for node in found}
         self._online = set(nodes)
         self._registered = {node: name for node, name in nodes.items() if name}
         now = time.monotonic()
         known = {seat.node for seat in self.seats.values()} | self._refused.keys()
-        waiting = {n for n, (_, since) in self._greeted.items() if now - since < GREET_AGAIN_S}
+        waiting = {node for node, (_, again) in self._greeted.items() if now < again}
         new = sorted(self._online - known - waiting)
         for node, message in zip(new, self.mail.push(self._greeting(n) for n in new), strict=True):
-            self._greeted[node] = (message, now)
+            self._greeted[node] = (message, now + (GREETING_S if message else 0.0))
         asked = {message: node for node, (message, _) in self._greeted.items() if message}
         for message, reply in self.mail.pull(asked).items():
             del self._greeted[asked[message]]
@@ -85,16 +92,18 @@ class Nodes:
 
     def _greeting(self, node: int) -> Message:
         content = RecordDict({CONFIG: ConfigRecord({"version": __version__})})
-        return Message(content, node, QUERY, ttl=600.0)
+        return Message(content, node, QUERY, ttl=GREETING_S)
 
     def _take(self, node: int, reply: Message) -> None:
+        if reply.has_error() and reply.error.code in AWAY:
+            return
         if reply.has_error():
             self._refuse(node, f"its ClientApp failed: {reply.error.reason}")
             return
         fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
         if error := text(fields, "error"):
             # its worker may come up yet: it is greeted again
-            self._greeted[node] = ("", time.monotonic())
+            self._greeted[node] = ("", time.monotonic() + GREET_AGAIN_S)
             self.emit({"event": "not-ready", "node": str(node), "why": error})
             return
         name, version = text(fields, "name"), text(fields, "version")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, StorageError
 from fedlora.health import Health, HealthServer
 from fedlora.processes import Child
 from fedlora.server.control import FlowerControl
@@ -32,7 +32,7 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     # seconds between two looks of an executor for a task
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
 }
 
 
@@ -79,6 +79,7 @@ class ServerSupervisor:
         self.home = Home(options.home)
         self.stopped = threading.Event()
         self.children = self._children()
+        self._trouble = ""
 
     def run(self) -> None:
         """Starts everything and tends it until `stop` is called.
@@ -103,7 +104,7 @@ class ServerSupervisor:
             while not self.stopped.wait(TEND_S):
                 for child in self.children:
                     child.tend()
-                keeper.tend()
+                self._keep(keeper)
         finally:
             # those that ask before the one that answers
             for child in reversed(self.children):
@@ -121,6 +122,17 @@ class ServerSupervisor:
     def stop(self) -> None:
         """Ends `run`; may be called from a signal handler."""
         self.stopped.set()
+
+    def _keep(self, keeper: Keeper) -> None:
+        try:
+            keeper.tend()
+        except StorageError as e:
+            # the processes go on; runs are tended again once there is space
+            if str(e) != self._trouble:
+                log.error("%s", e)
+            self._trouble = str(e)
+        else:
+            self._trouble = ""
 
     def _health(self) -> HealthServer | None:
         if self.options.health is None:

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
 
 def check_engine(job: Job) -> None:
-    """Refuses an engine that is not installed.
+    """Refuses an engine that is not installed, or that is no simulation.
 
     Raises:
-        ConfigError: run.engine = "ray" without Ray.
+        ConfigError: run.engine = "ray" without Ray, or "flower".
     """
+    if job.run.engine == "flower":
+        raise ConfigError(
+            'run.engine = "flower" trains with real clients; start it with: fedlora run, or set '
+            'run.engine = "local" for a simulation'
+        )
     if job.run.engine == "ray" and find_spec("ray") is None:
         raise ConfigError(
             "run.engine = \"ray\" needs Ray, which is not installed; pip install 'fedlora[ray]', "

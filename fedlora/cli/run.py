@@ -33,6 +33,7 @@ def run_run(
 ) -> None:
     """Starts a run on a server, and follows it to its end."""
     job = load_job(path, overrides, KNOWN)
+    job = job.model_copy(update={"run": job.run.model_copy(update={"engine": "flower"})})
     plugin = _plugin(job)
     folder = out or Path("runs") / f"{job.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _make(folder)

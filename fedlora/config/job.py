@@ -284,9 +284,10 @@ class RunSection(Section):
     """Name of the run; part of the default folder name."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     """Derives every random stream by name."""
-    engine: Literal["local", "ray"] = "local"
+    engine: Literal["local", "ray", "flower"] = "local"
     """local: all clients in this process, one after the other. ray: in a pool of Ray workers,
-    on this machine or, with RAY_ADDRESS set, on a cluster; the same bits, sooner."""
+    on this machine or, with RAY_ADDRESS set, on a cluster; the same bits, sooner. flower: real
+    clients; fedlora run sets it."""
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of torch. Sums depend on it, so it belongs to the job."""
     device: str = "cpu"

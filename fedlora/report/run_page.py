@@ -140,12 +140,13 @@ def _score_note(run: RunRecord) -> Html:
 
 def _clients(run: RunRecord, metric: Metric) -> Html:
     better = "higher" if metric.higher_better else "lower"
-    note = element(
-        "p",
+    text = (
         f"Scores are {metric.name} ({better} is better). “Own data” is the client's validation "
-        "part; “alone” is what it reaches on the held-out set without the others.",
-        css="muted",
+        "part; “alone” is what it reaches on the held-out set without the others."
     )
+    if not run.scores.get("clients"):
+        text = "The clients' data are on machines of their own, and were measured by nobody else."
+    note = element("p", text, css="muted")
     rows = client_table(run, metric)
     if len(run.clients) > MANY_CLIENTS:
         rows = details(f"{len(run.clients)} clients", rows)

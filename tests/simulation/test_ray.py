@@ -1,7 +1,9 @@
 """The Ray engine: the bits and bytes of the local one, also when workers die."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ray = pytest.importorskip("ray", reason="the Ray engine needs the extra `ray`")
 
 from fedlora.config.job import Job  # noqa: E402
+from fedlora.config.load import dump_job  # noqa: E402
 from fedlora.errors import ConfigError  # noqa: E402
 from fedlora.models.loaded import load  # noqa: E402
 from fedlora.simulation.ray_cluster import Cluster  # noqa: E402
@@ -260,3 +263,56 @@ def test_a_cluster_that_cannot_hold_a_worker_is_refused(pool):
     job = Job.model_validate({"run": {"threads": 64}})
     with pytest.raises(ConfigError, match=r"2 processors .* run\.threads = 64"):
         Cluster(job, 2)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_keeps_the_committed_rounds(make_job, tmp_path):
+    """Sent to the whole process group, as a terminal does."""
+    job = make_job(federation={"rounds": 1_000_000}, run={"engine": "ray"})
+    (tmp_path / "job.toml").write_text(dump_job(job))
+    run = tmp_path / "run"
+    words = ["simulate", str(tmp_path / "job.toml"), "--out", str(run)]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "fedlora.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    while not child.stdout.readline().startswith("round 2/"):
+        assert child.poll() is None, child.stderr.read()
+    os.killpg(child.pid, signal.SIGINT)
+    # ends only when every worker has let go of the pipes it inherited
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert f"fedlora resume {run}" in err
+    assert "Traceback" not in err
+    head = int((run / "HEAD").read_text().split()[0])
+    assert head >= 2
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == head + 1
+    local = Run(make_job(federation={"rounds": 1_000_000}), tmp_path / "local", load(make_job()))
+    local.go(until=head)
+    assert local.adapters() == [line["adapter_sha256"] for line in lines[1:]]
+
+
+@pytest.mark.slow
+def test_a_client_that_kills_every_worker_is_left_out(both, pool):
+    sections = {"training": {"local_steps": 50}, "federation": {"rounds": 1, "quorum": 2}}
+    _, other = both(**sections)
+
+    def kill(client):
+        if client == "client-001":
+            (pid,) = (pid for pid, clients in pool.at_work().items() if client in clients)
+            os.kill(pid, signal.SIGKILL)
+
+    before = pool.deaths
+    other.go(progress=kill)
+    assert pool.deaths == before + 3
+    (rejected,) = other.of("rejected")
+    assert (rejected["client"], rejected["code"]) == ("client-001", "CLIENT_ERROR")
+    assert "died 3 times" in rejected["detail"]
+    (done,) = other.of("round")
+    assert done["clients"] == ["client-000", "client-002"]
