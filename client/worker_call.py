@@ -70,7 +70,7 @@ class WorkerCall:
 
     def __enter__(self) -> Self:
         self._channel = grpc.insecure_channel(f"unix:{self.socket.absolute()}", OPTIONS)
-        self._stub = WorkerStub(self._channel)
+        self.stub = WorkerStub(self._channel)
         return self
 
     def __exit__(
@@ -91,7 +91,7 @@ class WorkerCall:
         self._connect(ends)
         try:
             left = max(0.1, ends - time.monotonic())
-            reply: StatusReply = self._stub.Status(StatusRequest(), timeout=left)
+            reply: StatusReply = self.stub.Status(StatusRequest(), timeout=left)
         except grpc.RpcError as e:
             raise WorkerGone(f"the worker at {self.socket} does not answer: {e.details()}") from e
         return reply
@@ -124,7 +124,7 @@ class WorkerCall:
     def _work(self, header: WorkHeader, parts: Mapping[str, bytes], ends: float) -> Worked:
         left = max(0.1, ends - time.monotonic())
         payload: list[bytes] = []
-        for event in self._stub.Work(_messages(header, parts), timeout=left):
+        for event in self.stub.Work(_messages(header, parts), timeout=left):
             kind = event.WhichOneof("content")
             if kind == "payload":
                 payload.append(event.payload)
