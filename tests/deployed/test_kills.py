@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,16 @@ CLIENT = {
     "supernode": "fedlora.client.supernode",
     "clientapp": "flwr-clientapp",
 }
-ROUNDS = 4
+# a kill comes at a random moment of a round, up to so many seconds after its begin
+JITTER_S = 3.0
 
 
-@pytest.fixture
-def job(make_job, tmp_path):
+def make_kill_job(make_job, path, rounds):
     return write_job(
-        tmp_path / "job.toml",
+        path,
         make_job(
             partition={"clients": 2},
-            federation={"rounds": ROUNDS, "deadline_s": 150.0},
+            federation={"rounds": rounds, "deadline_s": 150.0},
             training={"optimizer_state": "keep"},
         ),
     )
@@ -51,36 +52,40 @@ def committed(deployed, run):
     return [e["round"] for e in journal.read() if e["event"] == "round"]
 
 
-def killed_and_equal(job, tmp_path, kills):
-    """Runs the job, kills `kills` in turn, each in a round of its own, and compares."""
+def killed_and_equal(make_job, tmp_path, kills, delays):
+    """Kills `kills` in turn, each in a round of its own, and compares with a simulation."""
+    rounds = len(kills) + 1
+    job = make_kill_job(make_job, tmp_path / "job.toml", rounds)
     call("simulate", job, "--out", tmp_path / "simulated")
     clients = {f"client-{k:03d}": ["--partition", k] for k in range(2)}
     with Deployed(tmp_path, clients) as deployed:
         run = deployed.run(job, tmp_path / "out", "--detach").stdout.strip()
-        for number, target in enumerate(kills):
+        for number, (target, delay) in enumerate(zip(kills, delays, strict=True)):
             deployed.wait_for(
                 f"round {number} before the kill of {target}",
                 lambda number=number: len(committed(deployed, run)) >= number,
             )
+            time.sleep(delay)
             kill(deployed, target)
         done = call("resume", tmp_path / "out", check=False)
         assert done.returncode == 0, done.stderr + deployed.logs()
-        rounds = committed(deployed, run)
-    assert rounds == list(range(1, ROUNDS + 1))
+        numbers = committed(deployed, run)
+    assert numbers == list(range(1, rounds + 1))
     assert digests(tmp_path / "out") == digests(tmp_path / "simulated")
     name = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "simulated" / name).read_bytes()
 
 
-def test_a_serverapp_and_a_worker_may_die(job, tmp_path):
-    killed_and_equal(job, tmp_path, ["serverapp", "worker"])
+def test_a_serverapp_and_a_worker_may_die(make_job, tmp_path):
+    killed_and_equal(make_job, tmp_path, ["serverapp", "worker"], [0.0, 0.0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("target", [*SERVER, *CLIENT])
-def test_every_process_may_die_in_any_round(job, tmp_path, target, seed):
-    others = [*SERVER, *CLIENT]
-    draws = generator(seed, "kills", target)
-    second = others[int(torch.randint(len(others), (1,), generator=draws))]
-    killed_and_equal(job, tmp_path, [target, second])
+def test_every_process_may_die_at_any_time(make_job, tmp_path, seed):
+    """All kinds of processes in one run, in a random order and at random moments."""
+    draws = generator(seed, "kills")
+    targets = [*SERVER, *CLIENT]
+    order = torch.randperm(len(targets), generator=draws).tolist()
+    delays = (torch.rand(len(targets), generator=draws) * JITTER_S).tolist()
+    killed_and_equal(make_job, tmp_path, [targets[i] for i in order], delays)
