@@ -48,7 +48,7 @@ class Pool:
         self.most = 3 * cluster.size
         self.deaths = 0
         self._cluster = cluster
-        self._job: Any = None
+        self._job = Job()
         self._check: Callable[[Facts], None] = lambda facts: None
         self._progress: Callable[[str], None] = lambda client: None
         self._waiting: deque[Errand] = deque()
@@ -69,7 +69,7 @@ class Pool:
             progress: called with a client's name when a worker begins its task.
         """
         self.forget()
-        self._job, self._check, self._progress = ray.put(job), check, progress
+        self._job, self._check, self._progress = job, check, progress
         self._never_started = 0
         for seat in self._seats:
             seat.loading = seat.worker.load.remote(self._job)
@@ -154,12 +154,11 @@ class Pool:
             # what a worker raised on purpose is the user's to mend
             if isinstance(e.cause, FedloraError):
                 raise e.cause from None
+            if isinstance(e.cause, RayError):
+                raise _failed(e.cause) from e
             raise
         except RayError as e:
-            raise RunFailed(
-                f"Ray failed: {(str(e).splitlines() or [type(e).__name__])[0]}; every committed "
-                "round stands. Continue with: fedlora resume"
-            ) from e
+            raise _failed(e) from e
 
     def _collect(self, seat: _Seat, reference: Any) -> tuple[Errand, Done] | None:
         try:
@@ -202,3 +201,10 @@ class Pool:
         self._waiting.extendleft(reversed(errands))
         worker = self._cluster.start(Worker)
         self._seats[self._seats.index(seat)] = _Seat(worker, worker.load.remote(self._job))
+
+
+def _failed(error: RayError) -> RunFailed:
+    why = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return RunFailed(
+        f"Ray failed: {why}; every committed round stands. Continue with: fedlora resume"
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from fedlora.client.state import CarriedState
 from fedlora.config.job import Job
@@ -15,6 +16,9 @@ from fedlora.models.loaded import load
 from fedlora.server.link import Task
 from fedlora.server.machine import machine
 from fedlora.simulation.clients import Answer, SimulatedClients, answer
+
+# a part that does not come would hold a worker for ever
+PART_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Worker:
         self._old: dict[str, bytes] = {}
         self._round = 0
         self._clients: SimulatedClients | None = None
+        self._lost: RayError | None = None
 
     def load(self, job: Job) -> Facts:
         """Loads the job's model and data.
@@ -105,6 +110,7 @@ class Worker:
     def work(self, errand: Errand) -> Done:
         """Does one client's task."""
         started = time.perf_counter()
+        self._lost = None
         if errand.round > self._round:
             self._round, self._old, self._new = errand.round, self._new, {}
         memory = CarriedState(errand.state)
@@ -116,9 +122,18 @@ class Worker:
             errand.task,
             lambda digest: self._part(digest, errand.parts[digest]),
         )
+        if self._lost is not None:
+            # Ray's failure, not the client's
+            raise self._lost
         return Done(found, memory.saved, time.perf_counter() - started)
 
     def _part(self, digest: str, reference: Any) -> bytes:
-        if digest not in self._new:
-            self._new[digest] = self._old[digest] if digest in self._old else ray.get(reference)
-        return self._new[digest]
+        if digest in self._new:
+            return self._new[digest]
+        try:
+            found = self._old.get(digest) or ray.get(reference, timeout=PART_LIMIT_S)
+        except RayError as e:
+            self._lost = e
+            raise
+        self._new[digest] = found
+        return found
