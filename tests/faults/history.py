@@ -102,9 +102,7 @@ def read_rounds(folder: Path) -> dict[int, Found]:
             hashlib.sha256(text).hexdigest(),
             record["previous"],
             record.get("attempt", 0),
-            tuple(
-                name for e in events if e["event"] == "round" for name in e["clients"]
-            ),
+            tuple(name for e in events if e["event"] == "round" for name in e["clients"]),
             tuple(missing),
             tuple(e["client"] for e in events if e["event"] == "rejected"),
         )
@@ -166,9 +164,7 @@ def _contributions(history: list[Operation], rounds: dict[int, Found]) -> Iterab
             if (client, number, found.attempt) not in begun:
                 yield f"round {number} counts {client}, whose update never came"
         came = {
-            client
-            for client, of, attempt in accepted
-            if (of, attempt) == (number, found.attempt)
+            client for client, of, attempt in accepted if (of, attempt) == (number, found.attempt)
         }
         # of a round that closed without waiting for all, an update may come too late
         if lost := came - {*found.contributions, *found.rejected, *found.missing}:

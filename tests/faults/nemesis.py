@@ -1,7 +1,7 @@
-"""Kills the processes of a deployed federation, one run after the other, and checks what is left.
+"""Kills the processes of a deployed federation, and checks what is left of its runs.
 
-One federation serves all trials of a target: each trial is a run of its own, in which one process
-is killed outright (kill -9) at a time that is uniform over the length of an undisturbed run.
+One federation serves all trials: each trial is a run of its own, in which processes are killed
+outright (kill -9), each at a time that is uniform over the length of an undisturbed run.
 """
 
 import json
@@ -66,26 +66,46 @@ TARGETS = {
 }
 
 
+# each is killed once in a run of its own group
+GROUPS = (
+    ("ServerApp", "exchange", "SuperNode"),
+    ("SuperLink", "worker", "server's supervisor"),
+    ("executor", "ClientApp", "client's supervisor"),
+)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill.
+
+    Attributes:
+        target: name of what was killed.
+        at_s: since the run was started.
+        recovery_s: until the next round was committed; None when none was left, or when
+            something else was killed before.
+    """
+
+    target: str
+    at_s: float
+    recovery_s: float | None
+
+
 @dataclass(frozen=True)
 class Trial:
     """One disturbed run.
 
     Attributes:
-        target: name of what was killed.
-        kills: how often.
+        kills: in their order.
         exit_code: of `fedlora run`.
-        equal: the final adapter is that of an undisturbed run, bit for bit.
+        equal: the adapter of every round is that of a simulation, bit for bit.
         problems: what the checker of the history found.
-        recovery_s: from each kill to the next round that was committed.
         seconds: of the whole run.
     """
 
-    target: str
-    kills: int
+    kills: Sequence[Kill]
     exit_code: int
     equal: bool
     problems: Sequence[str]
-    recovery_s: Sequence[float]
     seconds: float
 
     @property
@@ -127,16 +147,15 @@ class Nemesis:
     def undisturbed(self) -> Trial:
         """A run that nothing happens to; its length is the measure of the others."""
         # the first one also waits for clients to start
-        self.trial("none", [], random.Random(0))
-        done = self.trial("none", [], random.Random(0))
+        self.trial((), random.Random(0))
+        done = self.trial((), random.Random(0))
         self.clean_s = done.seconds
         return done
 
-    def trial(self, name: str, targets: Sequence[Target], chance: random.Random) -> Trial:
-        """One run, with one kill of each of `targets`."""
+    def trial(self, targets: Sequence[str], chance: random.Random) -> Trial:
+        """One run, in which each of `targets` is killed once, unless the run is over before."""
         out = self.folder / f"out-{len(list(self.folder.glob('out-*'))):03d}"
         codes: list[int] = []
-        killed: list[float] = []
         started = time.monotonic()
 
         def follow() -> None:
@@ -144,25 +163,30 @@ class Nemesis:
 
         following = threading.Thread(target=follow)
         following.start()
-        times = sorted(chance.uniform(0.0, self.clean_s) for _ in targets)
-        for target, after in zip(targets, times, strict=True):
+        order = chance.sample(targets, len(targets))
+        times = sorted(chance.uniform(0.0, self.clean_s) for _ in order)
+        killed: list[tuple[str, float]] = []
+        for name, after in zip(order, times, strict=True):
             while following.is_alive() and time.monotonic() < started + after:
                 time.sleep(0.01)
-            at = self._kill(target, chance, following)
+            at = self._kill(TARGETS[name], chance, following)
             if at is not None:
-                killed.append(at)
+                killed.append((name, at))
         following.join()
         seconds = time.monotonic() - started
         run = json.loads((out / "remote.json").read_text())["run"]
         history = read_witness(self.log, run)
+        ended = [at for _, at in killed[1:]] + [float("inf")]
+        kills = [
+            Kill(name, round(at - started, 1), _recovery(history, at, before))
+            for (name, at), before in zip(killed, ended, strict=True)
+        ]
         complete = (out / "metrics.jsonl").is_file()
         return Trial(
-            name,
-            len(killed),
+            kills,
             codes[0] if codes else -1,
             complete and digests(out) == self.expected,
             problems(history, read_rounds(self._folder(run)), ROUNDS),
-            [round(found, 2) for at in killed if (found := _recovery(history, at)) is not None],
             round(seconds, 1),
         )
 
@@ -204,6 +228,7 @@ class Nemesis:
             assert time.monotonic() < ends, f"{party} does not start again\n{self.deployed.logs()}"
 
 
-def _recovery(history: Sequence[Operation], at: float) -> float | None:
-    later = [e.at for e in history if e.what == "committed" and e.done and e.at > at]
-    return min(later) - at if later else None
+def _recovery(history: Sequence[Operation], at: float, before: float) -> float | None:
+    """Seconds from a kill to the next commit, if it came before something else was killed."""
+    later = [e.at for e in history if e.what == "committed" and e.done and at < e.at < before]
+    return round(min(later) - at, 1) if later else None

@@ -89,7 +89,7 @@ class UnreliableGrid(PlayedGrid):
     """Flower on a bad day; every message meets a fate drawn by `seed`."""
 
     def __init__(self, workers, seed):
-        super().__init__(**{name: 0 for name in NAMES})
+        super().__init__(**dict.fromkeys(NAMES, 0))
         for said in self.says.values():
             said["version"] = __version__
         self.workers = workers
@@ -189,7 +189,7 @@ class SlowGrid(PlayedGrid):
     """One client does the work of round 2 when round 3 is asked for."""
 
     def __init__(self, workers, slow):
-        super().__init__(**{name: 0 for name in NAMES})
+        super().__init__(**dict.fromkeys(NAMES, 0))
         self.workers = workers
         self.slow = slow
         self.behind = None
@@ -226,4 +226,3 @@ def test_a_slow_client_is_left_behind_and_is_back_in_the_next_round(tmp_path):
     ]
     for made in (run, others):
         made.store.close()
-
