@@ -56,17 +56,24 @@ def _operation(line: dict[str, Any], run: str) -> Operation | None:
         number, digest, _ = data.decode().split()
         return Operation("committed", done, (int(number),), digest, at)
     if path.parts[-3] == "inbox" and path.parts[-4] == run:
-        receipt = json.loads(data)
+        receipt = json.loads(_content(data))
         number, attempt = map(int, path.parts[-2].split("."))
         return Operation(
             "accepted", done, (receipt["client"], number, attempt), receipt["sha256"], at
         )
     if path.parts[-2] == "outbox":
-        made = json.loads(data)
+        made = json.loads(_content(data))
         if made["run"] == run:
             key = (made["client"], made["round"], made["attempt"])
             return Operation("trained", done, key, made["sha256"], at)
     return None
+
+
+def _content(data: bytes) -> bytes:
+    """What stands below the digest in its first line."""
+    digest, _, content = data.partition(b"\n")
+    assert hashlib.sha256(content).hexdigest().encode() == digest
+    return content
 
 
 @dataclass(frozen=True)

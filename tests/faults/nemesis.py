@@ -176,7 +176,7 @@ class Nemesis:
         seconds = time.monotonic() - started
         run = json.loads((out / "remote.json").read_text())["run"]
         history = read_witness(self.log, run)
-        ended = [at for _, at in killed[1:]] + [float("inf")]
+        ended = [*(at for _, at in killed), float("inf")][1:]
         kills = [
             Kill(name, round(at - started, 1), _recovery(history, at, before))
             for (name, at), before in zip(killed, ended, strict=True)
