@@ -41,7 +41,7 @@ import grpc
 from benchmarks.flower_path import FlowerPush
 from fedlora.client.exchange import ExchangeClient
 from tests.certificates import Authority
-from tests.faults.cutting_proxy import CuttingProxy
+from tests.faults.proxy import Proxy, cuts
 from tests.faults.exchange_process import ExchangeProcess, status_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -230,7 +230,7 @@ def write_ms_per_mib(place: Path) -> float:
 def resent_mib(folder: Path, store: Path, size: int) -> float:
     """MiB that crossed the wire twice when an upload was cut half way; TLS's own included."""
     with server("exchange", folder, store) as (_, port, exchange):
-        proxy = CuttingProxy(port, iter([size // 2]))
+        proxy = Proxy(port, cuts(size // 2))
         sender = exchange_client(folder, 0, proxy.port)
         sender.send(exchange.ticket(client="client-0"), b"{}", payload(0, size))
         sender.close()

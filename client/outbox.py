@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.errors import AdapterError
-from fedlora.storage import storage_errors, write_atomic
+from fedlora.storage import sealed, storage_errors, unsealed, write_atomic
 from fedlora.wire import decode_update_manifest
 
 KEPT = 8
@@ -28,7 +28,8 @@ class Kept:
 class Outbox:
     """Updates by the SHA-256 of the broadcast manifest that they answer.
 
-    An update exists when its manifest does, which is written last; whole or not at all.
+    An update exists when its manifest does, which is written last, under its digest; whole or not
+    at all.
 
     Args:
         folder: made when it is first needed.
@@ -52,21 +53,21 @@ class Outbox:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         kept = Kept(manifest, self._payload(key))
         write_atomic(kept.payload, payload)
-        write_atomic(self._manifest(key), manifest)
+        write_atomic(self._manifest(key), sealed(manifest))
         self.drop(self._keys()[: -self.most])
         return kept
 
     def find(self, key: str) -> Kept | None:
         """The update under `key`; None when there is none, or it was damaged on disk."""
         try:
-            manifest = self._manifest(key).read_bytes()
+            manifest = unsealed(self._manifest(key).read_bytes())
             with self._payload(key).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if decode_update_manifest(manifest)["sha256"] == found:
                 return Kept(manifest, self._payload(key))
         except FileNotFoundError:
             return None
-        except (OSError, AdapterError):
+        except (OSError, ValueError, AdapterError):
             pass
         # it can be made again
         self.drop([key])

@@ -1,5 +1,6 @@
 """Durable files: written whole and synced before they get their name."""
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -45,6 +46,23 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def sealed(data: bytes) -> bytes:
+    """`data` after its SHA-256 and a newline, so that damage on disk is noticed."""
+    return hashlib.sha256(data).hexdigest().encode() + b"\n" + data
+
+
+def unsealed(data: bytes) -> bytes:
+    """What `sealed` was given.
+
+    Raises:
+        ValueError: the digest is not that of the rest.
+    """
+    digest, _, rest = data.partition(b"\n")
+    if digest != hashlib.sha256(rest).hexdigest().encode():
+        raise ValueError("it does not have its digest")
+    return rest
 
 
 def file_above(path: Path) -> Path | None:

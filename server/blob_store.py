@@ -95,7 +95,7 @@ class BlobStore:
     def receipt(self, ticket: Ticket) -> Receipt | None:
         """The receipt of the ticket's reply, if it has come."""
         try:
-            return decode_receipt(self._place(ticket).receipt.read_bytes())
+            return _read_receipt(self._place(ticket).receipt)
         except FileNotFoundError:
             return None
 
@@ -138,7 +138,7 @@ class BlobStore:
             if path.suffix != ".json":
                 continue
             if path.name not in known:
-                known[path.name] = decode_receipt(path.read_bytes())
+                known[path.name] = _read_receipt(path)
             found[known[path.name].client] = known[path.name]
         return found
 
@@ -240,6 +240,16 @@ class BlobStore:
         except FileNotFoundError:
             return
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _read_receipt(path: Path) -> Receipt:
+    try:
+        return decode_receipt(path.read_bytes())
+    except StorageError as e:
+        raise StorageError(
+            f"{path}: {e}; delete it and continue with: fedlora resume; its client then sends "
+            "its update again"
+        ) from e
 
 
 def _entries(folder: Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from fedlora.errors import StorageError
+from fedlora.storage import sealed, unsealed
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 # a name of 255 bytes is the most that common file systems take
@@ -34,9 +35,9 @@ class Receipt:
 
 
 def encode_receipt(receipt: Receipt) -> bytes:
-    """The receipt as canonical JSON."""
+    """The receipt as canonical JSON, under its digest."""
     value = {**vars(receipt), "manifest": base64.b64encode(receipt.manifest).decode()}
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return sealed(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def decode_receipt(data: bytes) -> Receipt:
@@ -46,7 +47,7 @@ def decode_receipt(data: bytes) -> Receipt:
         StorageError: these bytes are not a receipt.
     """
     try:
-        value = json.loads(data)
+        value = json.loads(unsealed(data))
         value["manifest"] = base64.b64decode(value["manifest"], validate=True)
         receipt = Receipt(**value)
     except (ValueError, TypeError, KeyError, RecursionError) as e:

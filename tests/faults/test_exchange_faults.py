@@ -12,8 +12,8 @@ from fedlora.client.exchange import ExchangeClient
 from fedlora.errors import TransferError
 from fedlora.seeds import derive_seed
 from fedlora.tickets import METADATA_KEY
-from tests.faults.cutting_proxy import CuttingProxy
 from tests.faults.exchange_process import ExchangeProcess
+from tests.faults.proxy import Proxy, cuts
 
 MIB = 1 << 20
 DATA = bytes(range(256)) * (24 * MIB // 256)
@@ -33,7 +33,7 @@ def process(tmp_path_factory):
 
 
 def test_an_upload_cut_half_way_sends_only_the_rest(process):
-    proxy = CuttingProxy(process.port, iter([len(DATA) // 2]))
+    proxy = Proxy(process.port, cuts(len(DATA) // 2))
     client = connect(proxy.port)
     sent = client.send(process.ticket(run="cut-up"), b"{}", DATA)
     [receipt] = process.store.received("cut-up", 1, 0).values()
@@ -46,7 +46,7 @@ def test_an_upload_cut_half_way_sends_only_the_rest(process):
 
 def test_a_download_cut_again_and_again_arrives(process):
     process.store.offer("cut-down", DATA)
-    proxy = CuttingProxy(process.port, iter([len(DATA) // 2, 3 * MIB, 3 * MIB, 100_000]))
+    proxy = Proxy(process.port, cuts(len(DATA) // 2, 3 * MIB, 3 * MIB, 100_000))
     client = connect(proxy.port)
     assert client.fetch(process.ticket("down", run="cut-down"), DIGEST, len(DATA)) == DATA
     assert proxy.connections == 5

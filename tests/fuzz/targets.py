@@ -14,6 +14,7 @@ from fedlora.protos.exchange_pb2 import UploadMessage
 from fedlora.protos.frames import read_upload
 from fedlora.server.admission import Limits, admit
 from fedlora.server.receipts import Receipt, decode_receipt, encode_receipt
+from fedlora.storage import sealed, unsealed
 from fedlora.tickets import Ticket, check, mint
 from fedlora.wire import decode_broadcast, decode_tensors, decode_update_manifest, encode_tensors
 from tests.server.cases import encoded, expectation, honest
@@ -54,7 +55,7 @@ def signed_ticket(data: bytes) -> None:
 def receipt(data: bytes) -> None:
     """A receipt reads back as it was written."""
     try:
-        found = decode_receipt(data)
+        found = decode_receipt(sealed(data))
     except StorageError:
         return
     assert decode_receipt(encode_receipt(found)) == found
@@ -127,7 +128,7 @@ def targets() -> dict[str, Target]:
     """All targets by name."""
     signed = mint(KEY, Ticket("run", 1, 0, "ann", 7, "up", 100, 5.0)).encode()
     fields = b'{"attempt":0,"client":"a","direction":"up","expires_s":5,"max_bytes":1,"node":1,'
-    whole = encode_receipt(Receipt("ann", 7, "0" * 64, 10, b"{}"))
+    whole = unsealed(encode_receipt(Receipt("ann", 7, "0" * 64, 10, b"{}")))
     manifest, payload = _honest()
     return {
         "ticket": Target(ticket, (signed,)),

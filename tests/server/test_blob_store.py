@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedlora.errors import StorageError, UploadRefused
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.receipts import Receipt, decode_receipt, encode_receipt, file_stem
+from fedlora.storage import sealed
 from fedlora.tickets import Ticket
 from tests.exchange_cases import largest_file
 
@@ -316,8 +317,10 @@ fields = st.sampled_from(["client", "node", "sha256", "size_bytes", "manifest"])
     | st.dictionaries(fields, json_values).map(lambda value: json.dumps(value).encode())
 )
 def test_any_bytes_are_a_receipt_or_a_storage_error(data):
+    with pytest.raises(StorageError):
+        decode_receipt(data)
     try:
-        receipt = decode_receipt(data)
+        receipt = decode_receipt(sealed(data))
     except StorageError:
         return
     assert decode_receipt(encode_receipt(receipt)) == receipt
