@@ -41,8 +41,8 @@ import grpc
 from benchmarks.flower_path import FlowerPush
 from fedlora.client.exchange import ExchangeClient
 from tests.certificates import Authority
-from tests.faults.proxy import Proxy, cuts
 from tests.faults.exchange_process import ExchangeProcess, status_bytes
+from tests.faults.proxy import Proxy, cuts
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
