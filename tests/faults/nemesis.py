@@ -21,6 +21,8 @@ from tests.faults.history import Operation, problems, read_rounds, read_witness
 
 WITNESS = Path(__file__).with_name("witness")
 ROUNDS = 8
+# several processes come back within a run, each when the machine has time for it
+LONGEST_S = 1200.0
 CLIENTS = ("client-000", "client-001")
 
 
@@ -159,7 +161,8 @@ class Nemesis:
         started = time.monotonic()
 
         def follow() -> None:
-            codes.append(self.deployed.run(self.job, out, check=False).returncode)
+            done = self.deployed.run(self.job, out, check=False, longest_s=LONGEST_S)
+            codes.append(done.returncode)
 
         following = threading.Thread(target=follow)
         following.start()
