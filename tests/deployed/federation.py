@@ -25,13 +25,15 @@ def free_port() -> int:
         return trial.getsockname()[1]
 
 
-def call(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+def call(
+    *arguments: object, check: bool = True, longest_s: float = LONGEST_S
+) -> subprocess.CompletedProcess[str]:
     """One verb, to its end."""
     done = subprocess.run(
         [*FEDLORA, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=LONGEST_S,
+        timeout=longest_s,
         check=False,
     )
     if check and done.returncode:
@@ -106,7 +108,12 @@ class Deployed:
         self._start(name, ["client", *options, *self.clients[name], *self.security(name)])
 
     def run(
-        self, job: Path, out: Path, *options: object, check: bool = True
+        self,
+        job: Path,
+        out: Path,
+        *options: object,
+        check: bool = True,
+        longest_s: float = LONGEST_S,
     ) -> subprocess.CompletedProcess[str]:
         """`fedlora run`, to its end."""
         return call(
@@ -114,6 +121,7 @@ class Deployed:
             *self.security("operator"),
             *options,
             check=check,
+            longest_s=longest_s,
         )
 
     def security(self, name: str) -> list[object]:

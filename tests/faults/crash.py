@@ -155,9 +155,10 @@ def drive(folder: Path, kind: type[RunStore], acknowledged: Path) -> str:
         evaluate=None,
         emit=emit,
     )
-    state = resume_state(store.load(), strategy.init(initial()))
-    run_rounds(parts, state)
-    store.close()
+    try:
+        run_rounds(parts, resume_state(store.load(), strategy.init(initial())))
+    finally:
+        store.close()
     return last.get("adapter_sha256", "")
 
 

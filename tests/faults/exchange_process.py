@@ -76,7 +76,7 @@ class ExchangeProcess:
             self.stop()
 
 
-def status_bytes(pid: int, field: str) -> int:
+def status_bytes(pid: int | str, field: str) -> int:
     """A size in /proc/<pid>/status, e.g. VmRSS or VmHWM."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(field + ":"):

@@ -21,6 +21,8 @@ from tests.faults.history import Operation, problems, read_rounds, read_witness
 
 WITNESS = Path(__file__).with_name("witness")
 ROUNDS = 8
+# several processes come back within a run, each when the machine has time for it
+LONGEST_S = 1200.0
 CLIENTS = ("client-000", "client-001")
 
 
@@ -152,29 +154,40 @@ class Nemesis:
         self.clean_s = done.seconds
         return done
 
-    def trial(self, targets: Sequence[str], chance: random.Random) -> Trial:
-        """One run, in which each of `targets` is killed once, unless the run is over before."""
+    def trial(
+        self, targets: Sequence[str], chance: random.Random, rounds: Sequence[int] = ()
+    ) -> Trial:
+        """One run, in which each of `targets` is killed once, unless the run is over before.
+
+        Args:
+            rounds: when, in turn: as soon as so many rounds stand; by default at random times.
+        """
         out = self.folder / f"out-{len(list(self.folder.glob('out-*'))):03d}"
         codes: list[int] = []
         started = time.monotonic()
 
         def follow() -> None:
-            codes.append(self.deployed.run(self.job, out, check=False).returncode)
+            done = self.deployed.run(self.job, out, check=False, longest_s=LONGEST_S)
+            codes.append(done.returncode)
 
         following = threading.Thread(target=follow)
         following.start()
-        order = chance.sample(targets, len(targets))
+        order = list(targets) if rounds else chance.sample(targets, len(targets))
         times = sorted(chance.uniform(0.0, self.clean_s) for _ in order)
         killed: list[tuple[str, float]] = []
-        for name, after in zip(order, times, strict=True):
-            while following.is_alive() and time.monotonic() < started + after:
+        for place, name in enumerate(order):
+            while following.is_alive() and not (
+                self._standing(out) >= rounds[place]
+                if rounds
+                else time.monotonic() >= started + times[place]
+            ):
                 time.sleep(0.01)
             at = self._kill(TARGETS[name], chance, following)
             if at is not None:
                 killed.append((name, at))
         following.join()
         seconds = time.monotonic() - started
-        run = json.loads((out / "remote.json").read_text())["run"]
+        run = _run_of(out)
         history = read_witness(self.log, run)
         ended = [*(at for _, at in killed), float("inf")][1:]
         kills = [
@@ -189,6 +202,11 @@ class Nemesis:
             problems(history, read_rounds(self._folder(run)), ROUNDS),
             round(seconds, 1),
         )
+
+    def _standing(self, out: Path) -> int:
+        """Rounds that are committed of the run that `out` follows."""
+        commits = [e for e in read_witness(self.log, _run_of(out)) if e.what == "committed"]
+        return max((entry.key[0] for entry in commits if entry.done), default=0)
 
     def _folder(self, run: str) -> Path:
         return self.folder / "server" / "runs" / run / "folder"
@@ -226,6 +244,14 @@ class Nemesis:
             except subprocess.TimeoutExpired:
                 return
             assert time.monotonic() < ends, f"{party} does not start again\n{self.deployed.logs()}"
+
+
+def _run_of(out: Path) -> str:
+    """Lineage id of the run that `out` follows; empty before it is known."""
+    try:
+        return str(json.loads((out / "remote.json").read_text())["run"])
+    except FileNotFoundError:
+        return ""
 
 
 def _recovery(history: Sequence[Operation], at: float, before: float) -> float | None:
