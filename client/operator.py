@@ -82,7 +82,7 @@ class Operator:
             ConfigError: the server refuses the caller, or knows no such run.
             RunFailed: the server stayed away.
         """
-        seen, away_since = 0, 0.0
+        seen, away_since, last = 0, 0.0, -1
         while True:
             try:
                 with channel(self.server, self.credentials) as opened:
@@ -90,6 +90,11 @@ class Operator:
                     for item in DeltaExchangeStub(opened).Watch(request):
                         seen, away_since = int(item.number) + 1, 0.0
                         event: Event = json.loads(item.json)
+                        # after a crash of the server the journal is written anew, and shifts
+                        if event["event"] == "round":
+                            if event["round"] <= last:
+                                continue
+                            last = event["round"]
                         yield event
                         if event["event"] in ("end", "failed"):
                             return

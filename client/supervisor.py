@@ -154,7 +154,8 @@ class ClientSupervisor:
         children = [self.worker, *([self.node] if self.node else [])]
         parts = tuple(child.part() for child in children)
         detail = "" if self.node else f"joining {self.options.server}"
-        return Health(parts, is_ready=self.node is not None and self.node.is_alive, detail=detail)
+        is_ready = self.node is not None and all(part.is_alive for part in parts)
+        return Health(parts, is_ready, detail)
 
     def stop(self) -> None:
         """Ends `run`; may be called from a signal handler."""

@@ -13,8 +13,6 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.server.home import HOME_VARIABLE, Home
-from fedlora.server.hosted import work_on
-from fedlora.server.plain import run_plainly
 
 app = ServerApp()
 
@@ -25,6 +23,13 @@ def main(grid: Grid, context: Context) -> None:
     config: Mapping[str, object] = context.run_config
     home, run = os.environ.get(HOME_VARIABLE), str(config.get("run", ""))
     if home and run:
-        work_on(Home(Path(home)), run, grid)
+        place = Home(Path(home)).place(run)
+        # before the slow imports, so that the server sees at once that somebody is at work
+        with place.working():
+            from fedlora.server.hosted import work_on
+
+            work_on(Home(Path(home)), place, grid)
     else:
+        from fedlora.server.plain import run_plainly
+
         run_plainly(str(config.get("job", "")), str(config.get("out", "")), grid)

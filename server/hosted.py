@@ -36,16 +36,15 @@ from fedlora.strategies.base import StrategyState
 from fedlora.tickets import ticket_key
 
 
-def work_on(home: Home, run: str, grid: Grid) -> None:
-    """Starts or continues a run of a server's folder, and keeps how it ended.
+def work_on(home: Home, place: Place, grid: Grid) -> None:
+    """Starts or continues a run of a server's folder, whose lock is held, and keeps its outcome.
 
     Raises:
         FedloraError: the run failed; its outcome is kept.
-        RunFolderError: another process works on it.
     """
-    place = home.place(run)
+    run = place.run
     configure_from_environment()
-    with place.working(), log_context(run=run):
+    with log_context(run=run):
         journal = MetricsLog(place.events)
         try:
             settings = ServerSettings.read(home)

@@ -18,7 +18,7 @@ from fedlora.server.journal import Journal
 log = logging.getLogger(__name__)
 
 # a ServerApp that has not taken its run by then never will
-START_S = 60.0
+START_S = 120.0
 # ServerApps in a row that died without committing a round
 MOST_DEATHS = 6
 

@@ -38,7 +38,10 @@ def test_every_command_in_the_readme_exists_with_its_options():
     assert len(lines) >= 6
     for line in lines:
         verb, *words = line.split()
-        known = {name for param in group.commands[verb].params for name in param.opts}
+        command = group.commands[verb]
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        known = {name for param in command.params for name in param.opts}
         for word in words:
             if word.startswith("-"):
                 assert word in known, f"{verb} {word}"
