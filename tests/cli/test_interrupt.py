@@ -13,6 +13,14 @@ from fedlora.server.interrupt import shielded
 from tests.cli.command import fedlora
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Works also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("verb", "pipe", "words"),
     [
