@@ -122,9 +122,7 @@ class Strangers:
         self.folder = folder
         self.deployed = Deployed(folder, {})
 
-    def client(
-        self, name: str, *security: object, code: Path = ROOT, **environment: str
-    ) -> str:
+    def client(self, name: str, *security: object, code: Path = ROOT, **environment: str) -> str:
         """Runs a client, of the fedlora in `code`, that must be refused; what it said."""
         options = ["--server", self.deployed.address, "--name", name, "--partition", 0]
         options += ["--home", self.folder / "homes" / name]
