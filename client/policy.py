@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from fedlora.config.job import Job, NonNegative, Positive, Section
+from fedlora.config.job import Job
 from fedlora.config.load import parse_table, read_toml
+from fedlora.config.section import NonNegative, Positive, Section
 from fedlora.config.template import render_tables
 from fedlora.errors import PolicyError
 from fedlora.messages import Broadcast, RoundPlan

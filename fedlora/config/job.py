@@ -8,11 +8,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+from fedlora.config.privacy import PrivacySection
+from fedlora.config.section import Fraction, NonNegative, Positive, Section
 
 
 def _folder_name(name: str) -> str:
@@ -22,14 +21,6 @@ def _folder_name(name: str) -> str:
             "slashes and control characters"
         )
     return name
-
-
-class Section(BaseModel):
-    """A table of the job file; unknown keys are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class ModelSection(Section):
@@ -310,6 +301,7 @@ class Job(Section):
     compression: CompressionSection = CompressionSection()
     scenario: ScenarioSection = ScenarioSection()
     evaluation: EvaluationSection = EvaluationSection()
+    privacy: PrivacySection | None = None
     run: RunSection = RunSection()
 
     @model_validator(mode="after")

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fedlora.config.job import Job, Section
+from fedlora.config.job import Job
+from fedlora.config.section import Section
 from fedlora.errors import ConfigError, near_miss
 
 Table = TypeVar("Table", bound=Section)
