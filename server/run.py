@@ -14,16 +14,18 @@ from fedlora.checkpoint import Committed, RunStore
 from fedlora.compress import agreed
 from fedlora.config.job import Job
 from fedlora.config.load import dump_job
+from fedlora.config.privacy import PrivacySection
 from fedlora.data.example import Example
 from fedlora.errors import RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
-from fedlora.server.admission import Limits
+from fedlora.server.admission import Demand, Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
 from fedlora.server.journal import Event
 from fedlora.server.link import AsyncLink, Link
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
+from fedlora.server.privacy_record import PrivacyRecord
 from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.server.run_parts import Evaluate, RoundSettings, RunParts
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
@@ -70,6 +72,7 @@ class Run:
                 optimizer=job.training.optimizer,
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
+                privacy=job.privacy.unit if job.privacy else None,
                 asynchronous=job.federation.mode == "async",
                 compression=agreed(job.compression),
             ),
@@ -172,6 +175,7 @@ class Run:
             settings=self._settings(quorum),
             evaluate=evaluate,
             emit=emit,
+            privacy=PrivacyRecord(committed.record.get("privacy")),
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
@@ -239,6 +243,7 @@ class Run:
                 federation.max_update_norm,
                 federation.max_examples,
                 federation.weighting == "uniform",
+                _demand(job.privacy),
             ),
             compression=agreed(job.compression),
         )
@@ -261,6 +266,12 @@ class Run:
             ),
             load_version,
         )
+
+
+def _demand(privacy: PrivacySection | None) -> Demand | None:
+    if privacy is None or privacy.unit != "record":
+        return None
+    return Demand(privacy.epsilon, privacy.delta, test_noise=privacy.noise == "test")
 
 
 def metrics_log(store: RunStore) -> MetricsLog:

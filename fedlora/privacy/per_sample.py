@@ -199,9 +199,7 @@ class Hooks(PerSample):
 MODES: Mapping[str, type[PerSample]] = {"bookkeeping": BookKeeping, "hooks": Hooks}
 
 
-def per_sample(
-    mode: str, model: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> PerSample:
+def per_sample(mode: str, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> PerSample:
     """The way of `privacy.per_sample`; "auto" is book-keeping where it applies."""
     if mode == "auto":
         mode = "hooks" if book_keeping_misfit(model, parameters) else "bookkeeping"

@@ -1,0 +1,153 @@
+"""SitePrivacy: what one client does so that what it sends is private to each of its examples.
+
+The order matters. The charge is written to the ledger before a single example is read; the
+update is on disk before it is charged as spent; and only then may it leave. An update that was
+made once is sent again as it is, and never made anew: other noise would be another release.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fedlora.config.job import Job
+from fedlora.config.privacy import PrivacySection
+from fedlora.data.federated import ClientData
+from fedlora.messages import PrivacyStatement, RoundPlan
+from fedlora.privacy.accounting import Event, check_delta, default_delta, epsilon, noise_for
+from fedlora.privacy.ledger import Ledger, Release, dataset_id, site_key
+from fedlora.privacy.mechanism import Mechanism
+from fedlora.privacy.noise import noise_source
+from fedlora.privacy.sampling import secret_uniform, seeded_uniform
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a job asks of the privacy of a client with n examples.
+
+    Attributes:
+        rate: q, the probability of an example to be in a step's batch.
+        noise_multiplier: sigma.
+        delta: of the run.
+    """
+
+    rate: float
+    noise_multiplier: float
+    delta: float
+
+
+def terms(job: Job, privacy: PrivacySection, examples: int) -> Terms:
+    """The sampling rate, noise and delta for a client with so many examples.
+
+    The expected batch of a step is training.batch_size * training.accumulation. The noise is
+    what the budget needs over all steps of `planned_rounds`.
+
+    Raises:
+        ConfigError: delta is too large for the client's data, or no noise fits the budget.
+    """
+    training = job.training
+    rate = min(1.0, training.batch_size * training.accumulation / examples)
+    delta = privacy.delta if privacy.delta is not None else default_delta(examples)
+    check_delta(delta, examples)
+    if privacy.noise_multiplier is not None:
+        return Terms(rate, privacy.noise_multiplier, delta)
+    assert privacy.epsilon is not None, "the section has one of the two"
+    steps = training.local_steps * (privacy.planned_rounds or job.federation.rounds)
+    return Terms(rate, noise_for(privacy.epsilon, delta, rate, max(1, steps)), delta)
+
+
+class SitePrivacy:
+    """One client's side of `[privacy]` with unit = "record".
+
+    Args:
+        job: the run's job; has a [privacy] table.
+        data: the client's examples.
+        folder: where the site keeps its ledgers.
+        site_epsilon: most that all runs together may spend on these data; None for no limit
+            beyond that of each run.
+        site_delta: the delta that goes with it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        data: ClientData,
+        folder: Path,
+        *,
+        site_epsilon: float | None = None,
+        site_delta: float | None = None,
+    ) -> None:
+        assert job.privacy is not None, "without a [privacy] table there is nothing to keep"
+        self.job = job
+        self.section = job.privacy
+        self.data = data
+        self.folder = folder
+        self.site_epsilon = site_epsilon
+        self.site_delta = site_delta
+
+    @cached_property
+    def terms(self) -> Terms:
+        """See `terms`."""
+        return terms(self.job, self.section, len(self.data.train))
+
+    @contextmanager
+    def ledger(self) -> Iterator[Ledger]:
+        """The ledger of the client's data set, locked against other processes of the site.
+
+        Raises:
+            LedgerError: it is missing, damaged, rolled back, or of other data.
+        """
+        key = dataset_id(site_key(self.folder), self.data.records)
+        with Ledger.open(
+            self.folder,
+            key,
+            unit="record",
+            delta=self.terms.delta,
+            run_epsilon=self.section.epsilon,
+            site_epsilon=self.site_epsilon,
+            site_delta=self.site_delta,
+        ) as ledger:
+            yield ledger
+
+    def events(self, steps: int) -> list[Event]:
+        """What so many private steps cost."""
+        return [Event(self.terms.rate, self.terms.noise_multiplier, steps)]
+
+    def mechanism(self, plan: RoundPlan) -> Mechanism:
+        """Clips, noises and samples for one round."""
+        names = (self.data.name, plan.round, plan.attempt)
+        seed = self.job.run.seed
+        test = self.section.noise == "test"
+        return Mechanism(
+            examples=len(self.data.train),
+            rate=self.terms.rate,
+            clip=self.section.max_grad_norm,
+            noise_multiplier=self.terms.noise_multiplier,
+            source=noise_source(self.section.noise, seed, *names),
+            uniform=seeded_uniform(seed, *names) if test else secret_uniform,
+            per_sample=self.section.per_sample,
+        )
+
+    def statement(self, ledger: Ledger, run: str) -> PrivacyStatement:
+        """What may be said to the server, by the ledger as it stands."""
+        entry, head = ledger.head
+        events = ledger.events(run)
+        private = self.section.noise != "test"
+        return PrivacyStatement(
+            unit="record",
+            epsilon=epsilon(events, self.terms.delta, "prv") if private else None,
+            delta=self.terms.delta,
+            noise_multiplier=self.terms.noise_multiplier,
+            clip=self.section.max_grad_norm,
+            steps=sum(event.steps for event in events),
+            accountant="prv",
+            noise=self.section.noise,
+            entry=entry,
+            head=head,
+        )
+
+
+def release_of(plan: RoundPlan, start_sha256: str) -> Release:
+    """Names the release of a round in the ledger."""
+    return Release(plan.run, plan.round, plan.attempt, start_sha256)
