@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fedlora.privacy.accounting import Event, check_delta, default_delta, epsilon, noise_for
+from fedlora.privacy.ledger import Ledger, Release, dataset_id, site_key
+
 from fedlora.config.job import Job
 from fedlora.config.privacy import PrivacySection
 from fedlora.data.federated import ClientData
 from fedlora.messages import PrivacyStatement, RoundPlan
-from fedlora.privacy.accounting import Event, check_delta, default_delta, epsilon, noise_for
-from fedlora.privacy.ledger import Ledger, Release, dataset_id, site_key
 from fedlora.privacy.mechanism import Mechanism
-from fedlora.privacy.noise import noise_source
+from fedlora.privacy.noise import NoiseSource, noise_source
 from fedlora.privacy.sampling import secret_uniform, seeded_uniform
 
 
@@ -53,8 +54,11 @@ def terms(job: Job, privacy: PrivacySection, examples: int) -> Terms:
     if privacy.noise_multiplier is not None:
         return Terms(rate, privacy.noise_multiplier, delta)
     assert privacy.epsilon is not None, "the section has one of the two"
-    steps = training.local_steps * (privacy.planned_rounds or job.federation.rounds)
-    return Terms(rate, noise_for(privacy.epsilon, delta, rate, max(1, steps)), delta)
+    rounds = privacy.planned_rounds or job.federation.rounds
+    noisy = privacy.metrics == "noisy"
+    figures = [Event(1.0, privacy.metrics_noise, rounds, "metric")] if noisy else []
+    steps = max(1, training.local_steps * rounds)
+    return Terms(rate, noise_for(privacy.epsilon, delta, rate, steps, figures), delta)
 
 
 class SitePrivacy:
@@ -111,8 +115,16 @@ class SitePrivacy:
             yield ledger
 
     def events(self, steps: int) -> list[Event]:
-        """What so many private steps cost."""
-        return [Event(self.terms.rate, self.terms.noise_multiplier, steps)]
+        """What a round of so many private steps costs."""
+        events = [Event(self.terms.rate, self.terms.noise_multiplier, steps)]
+        if self.section.metrics == "noisy" and self.data.validation:
+            events.append(Event(1.0, self.section.metrics_noise, 1, "metric"))
+        return events
+
+    def source(self, plan: RoundPlan, what: str) -> NoiseSource:
+        """Of the noise in one round; each `what` has its own."""
+        names = (what, self.data.name, plan.round, plan.attempt)
+        return noise_source(self.section.noise, self.job.run.seed, *names)
 
     def mechanism(self, plan: RoundPlan) -> Mechanism:
         """Clips, noises and samples for one round."""
@@ -124,7 +136,7 @@ class SitePrivacy:
             rate=self.terms.rate,
             clip=self.section.max_grad_norm,
             noise_multiplier=self.terms.noise_multiplier,
-            source=noise_source(self.section.noise, seed, *names),
+            source=self.source(plan, "train"),
             uniform=seeded_uniform(seed, *names) if test else secret_uniform,
             per_sample=self.section.per_sample,
         )

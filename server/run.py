@@ -19,6 +19,7 @@ from fedlora.data.example import Example
 from fedlora.errors import RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
+from fedlora.privacy.judge import check_private
 from fedlora.server.admission import Demand, Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
 from fedlora.server.journal import Event
@@ -63,6 +64,7 @@ class Run:
             ConfigError: with what does not go together.
         """
         job = self.job
+        check_private(job)
         check_strategy(
             self.strategy,
             Conditions(

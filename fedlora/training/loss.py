@@ -32,7 +32,7 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> LossSum:
         batch: with targets at the positions of the inputs; the shift is done here.
         task: "causal-lm", or a classification task.
     """
-    logits, target = _predictions(model, batch, task)
+    logits, target = predictions(model, batch, task)
     total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
     counted = target != IGNORE
     correct = int(((logits.detach().argmax(-1) == target) & counted).sum())
@@ -45,14 +45,19 @@ def example_losses(model: nn.Module, batch: Batch, task: str) -> Tensor:
     No example's loss depends on another one: a mean over the tokens of the batch, as
     transformers has it, would let one example rescale the gradients of all others.
     """
-    logits, target = _predictions(model, batch, task)
+    logits, target = predictions(model, batch, task)
+    return example_means(logits, target, len(batch.target))
+
+
+def example_means(logits: Tensor, target: Tensor, count: int) -> Tensor:
+    """The mean loss of each of `count` examples, from what `predictions` gives."""
     losses = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
-    losses = losses.view(len(batch.target), -1)  # (n, T - 1) or (n, 1)
+    losses = losses.view(count, -1)  # (n, T - 1) or (n, 1)
     counted = (target != IGNORE).view_as(losses).sum(1)
     return losses.sum(1) / counted.clamp_min(1)
 
 
-def _predictions(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
+def predictions(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
     """Logits (m, classes or vocabulary), in float32 or wider, and targets (m,)."""
     logits: Tensor = model(**batch.inputs).logits
     if task == "causal-lm":

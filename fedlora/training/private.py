@@ -16,6 +16,7 @@ from fedlora.data.example import Batch, Example, collate
 from fedlora.errors import TrainingError
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.per_sample import PerSample, per_sample
+from fedlora.seeds import generator
 from fedlora.training.loss import example_losses
 from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
@@ -139,6 +140,54 @@ class PrivateTrainer:
     def losses(self, inputs: Batch) -> Tensor:
         """Each example's own loss, (n,)."""
         return example_losses(self.adapted.model, inputs, self.task)
+
+    def check_additive(self, factors: Sequence[str], settings: TrainingSection) -> None:
+        """Refuses a model in which one example changes the gradient of another.
+
+        Made-up examples are enough to see that, so that nothing is spent.
+
+        Raises:
+            TrainingError: it does, so that clipping bounds nothing.
+        """
+        parameters = self.adapted.train_only(factors)
+        one, other = self._made_up(0), self._made_up(1)
+        with (
+            training_mode(self.adapted, checkpointing=settings.gradient_checkpointing),
+            per_sample(self.mechanism.per_sample, self.adapted.model, parameters) as listening,
+        ):
+            for layer in self.adapted.layers.values():
+                # its masks depend on the place in the batch
+                layer.dropout.eval()
+            alone = [self._whole(listening, [example]) for example in (one, other)]
+            together = self._whole(listening, [one, other])
+        for name, found in together.items():
+            expected = torch.cat([part[name] for part in alone])
+            if float((found - expected).norm()) > 1e-3 * float(expected.norm()):
+                raise TrainingError(
+                    f"the gradient of one example for {name} changes with the other examples of "
+                    "its batch, so that clipping would bound nothing; train without privacy, or "
+                    "choose a model without normalisation or routing over the batch"
+                )
+
+    def _whole(self, listening: PerSample, examples: Sequence[Example]) -> dict[str, Tensor]:
+        device = next(self.adapted.model.parameters()).device
+        listening.begin(len(examples))
+        self.losses(collate(examples, self.pad_id).to(device)).sum().backward()  # type: ignore[no-untyped-call]
+        found = {name: piece.whole().detach().cpu() for name, piece in listening.pieces().items()}
+        listening.begin(0)
+        return found
+
+    def _made_up(self, number: int) -> Example:
+        """A random example of the kind that is trained on, of another length for each number."""
+        like = self.examples[0]
+        stream = generator(number, "made-up example")
+        if "pixel_values" in like.inputs:
+            pixels = torch.randn(like.inputs["pixel_values"].shape, generator=stream)
+            return Example({"pixel_values": pixels}, torch.zeros_like(like.target))
+        vocabulary = int(self.adapted.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        ids = torch.randint(0, vocabulary, (6 - 2 * number,), generator=stream)
+        target = torch.zeros_like(like.target) if like.target.ndim == 0 else ids.clone()
+        return Example({"input_ids": ids}, target)
 
     def _need_moved(self, before: Mapping[str, Tensor], work: LocalWork) -> None:
         """The model's own parameters have moved, not others that once were its own."""

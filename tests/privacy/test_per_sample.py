@@ -5,12 +5,9 @@ import torch
 
 from fedlora.adapters import METHODS
 from fedlora.data.example import collate
-from fedlora.errors import TrainingError
-from fedlora.privacy.per_sample import MODES, BookKeeping, Hooks, per_sample
-from fedlora.privacy.pieces import Outer, Whole, clipped_sum
+from fedlora.privacy.per_sample import MODES, per_sample
 from fedlora.training.loss import example_losses
 from fedlora.training.mode import training_mode
-from tests.adapters.cases import draw
 from tests.privacy.models import KINDS, make
 
 torch.set_num_threads(1)
