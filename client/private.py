@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fedlora.privacy.accounting import Event, check_delta, default_delta, epsilon, noise_for
 from fedlora.privacy.ledger import Ledger, Release, dataset_id, site_key
 
 from fedlora.config.job import Job
 from fedlora.config.privacy import PrivacySection
 from fedlora.data.federated import ClientData
 from fedlora.messages import PrivacyStatement, RoundPlan
+from fedlora.privacy.accounting import Event, check_delta, default_delta, epsilon, noise_for
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.noise import NoiseSource, noise_source
 from fedlora.privacy.sampling import secret_uniform, seeded_uniform

@@ -133,9 +133,7 @@ class Site:
                 update = decode_made(made, broadcast, self.name, spec, len(self.data.train))
             return replace(update, privacy=privacy.statement(ledger, plan.run))
 
-    def _work(
-        self, broadcast: Broadcast, fetch: Fetch, progress: Progress | None
-    ) -> ClientUpdate:
+    def _work(self, broadcast: Broadcast, fetch: Fetch, progress: Progress | None) -> ClientUpdate:
         plan = broadcast.plan
         spec = with_rank(self.spec, plan.rank)
         method = METHODS[spec.method]
