@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fedlora.privacy.ledger import Ledger, Release, dataset_id, site_key
+from fedlora.privacy.dataset import dataset_id, site_key
+from fedlora.privacy.ledger import Budget, Ledger, Release
 
 from fedlora.config.job import Job
 from fedlora.config.privacy import PrivacySection
@@ -68,9 +69,8 @@ class SitePrivacy:
         job: the run's job; has a [privacy] table.
         data: the client's examples.
         folder: where the site keeps its ledgers.
-        site_epsilon: most that all runs together may spend on these data; None for no limit
-            beyond that of each run.
-        site_delta: the delta that goes with it.
+        site: most that all runs together may spend on these data; None for no limit beyond
+            that of each run.
     """
 
     def __init__(
@@ -79,16 +79,14 @@ class SitePrivacy:
         data: ClientData,
         folder: Path,
         *,
-        site_epsilon: float | None = None,
-        site_delta: float | None = None,
+        site: Budget | None = None,
     ) -> None:
         assert job.privacy is not None, "without a [privacy] table there is nothing to keep"
         self.job = job
         self.section = job.privacy
         self.data = data
         self.folder = folder
-        self.site_epsilon = site_epsilon
-        self.site_delta = site_delta
+        self.site = site
 
     @cached_property
     def terms(self) -> Terms:
@@ -107,10 +105,9 @@ class SitePrivacy:
             self.folder,
             key,
             unit="record",
+            epsilon=self.section.epsilon,
             delta=self.terms.delta,
-            run_epsilon=self.section.epsilon,
-            site_epsilon=self.site_epsilon,
-            site_delta=self.site_delta,
+            site=self.site,
         ) as ledger:
             yield ledger
 
@@ -144,7 +141,7 @@ class SitePrivacy:
     def statement(self, ledger: Ledger, run: str) -> PrivacyStatement:
         """What may be said to the server, by the ledger as it stands."""
         entry, head = ledger.head
-        events = ledger.events(run)
+        events = ledger.charged(run)
         private = self.section.noise != "test"
         return PrivacyStatement(
             unit="record",
@@ -152,7 +149,7 @@ class SitePrivacy:
             delta=self.terms.delta,
             noise_multiplier=self.terms.noise_multiplier,
             clip=self.section.max_grad_norm,
-            steps=sum(event.steps for event in events),
+            steps=sum(event.steps for event in events if event.kind == "train"),
             accountant="prv",
             noise=self.section.noise,
             entry=entry,

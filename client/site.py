@@ -125,9 +125,10 @@ class Site:
             release = release_of(plan, broadcast.start_sha256)
             made = ledger.cached(release)
             if made is None:
-                ledger.reserve(release, privacy.events(plan.local_steps))
+                events = privacy.events(plan.local_steps)
+                ledger.reserve(release, events)
                 update = self._work(broadcast, fetch, progress)
-                ledger.spend(release, encode_made(update))
+                ledger.spend(release, events, encode_made(update))
             else:
                 spec = with_rank(self.spec, plan.rank)
                 update = decode_made(made, broadcast, self.name, spec, len(self.data.train))
