@@ -8,7 +8,7 @@ made once is sent again as it is, and never made anew: other noise would be anot
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fedlora.privacy.dataset import dataset_id, site_key
@@ -18,7 +18,14 @@ from fedlora.config.job import Job
 from fedlora.config.privacy import PrivacySection
 from fedlora.data.federated import ClientData
 from fedlora.messages import PrivacyStatement, RoundPlan
-from fedlora.privacy.accounting import Event, check_delta, default_delta, epsilon, noise_for
+from fedlora.privacy.accounting import (
+    Event,
+    check_delta,
+    default_delta,
+    epsilon,
+    merged,
+    noise_for,
+)
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.noise import NoiseSource, noise_source
 from fedlora.privacy.sampling import secret_uniform, seeded_uniform
@@ -59,7 +66,20 @@ def terms(job: Job, privacy: PrivacySection, examples: int) -> Terms:
     noisy = privacy.metrics == "noisy"
     figures = [Event(1.0, privacy.metrics_noise, rounds, "metric")] if noisy else []
     steps = max(1, training.local_steps * rounds)
-    return Terms(rate, noise_for(privacy.epsilon, delta, rate, steps, figures), delta)
+    return Terms(rate, _noise(privacy.epsilon, delta, rate, steps, tuple(figures)), delta)
+
+
+# the clients of a simulation have much in common, and both take a while
+@lru_cache(maxsize=1024)
+def _noise(
+    budget: float, delta: float, rate: float, steps: int, figures: tuple[Event, ...]
+) -> float:
+    return noise_for(budget, delta, rate, steps, figures)
+
+
+@lru_cache(maxsize=1024)
+def _spent(events: tuple[Event, ...], delta: float) -> float:
+    return epsilon(events, delta, "prv")
 
 
 class SitePrivacy:
@@ -145,7 +165,7 @@ class SitePrivacy:
         private = self.section.noise != "test"
         return PrivacyStatement(
             unit="record",
-            epsilon=epsilon(events, self.terms.delta, "prv") if private else None,
+            epsilon=_spent(tuple(merged(events)), self.terms.delta) if private else None,
             delta=self.terms.delta,
             noise_multiplier=self.terms.noise_multiplier,
             clip=self.section.max_grad_norm,
