@@ -174,14 +174,12 @@ class Ledger:
                     f"{release} did {list(events_actual)}, reserved were "
                     f"{list(held.events)}; nothing may be sent, and the reservation stands"
                 )
-            path = self._payload(held)
+            path, digest = self._payload(held), hashlib.sha256(payload).hexdigest()
             with storage_errors(path):
                 path.parent.mkdir(exist_ok=True, mode=0o700)
             write_atomic(path, payload)
-            digest = hashlib.sha256(payload).hexdigest()
-            self._append(
-                state, "SPENT", held.entry.seq, release, events_actual, digest, details=details
-            )
+            seq = held.entry.seq
+            self._append(state, "SPENT", seq, release, events_actual, digest, details=details)
             self._forget_payloads(state, release)
 
     def cached(self, release: Release) -> bytes | None:

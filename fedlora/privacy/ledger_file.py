@@ -205,14 +205,16 @@ def fold(folder: Path, lines: list[bytes]) -> LedgerState:
     Raises:
         LedgerError: one is damaged or does not follow from those before it.
     """
+    state: LedgerState | None = None
     for number, line in enumerate(lines):
         try:
-            if number:
-                state.apply(decode_entry(line), line_hash(line))
-            else:
+            if state is None:
                 state = LedgerState(decode_header(line), [line_hash(line)])
+            else:
+                state.apply(decode_entry(line), line_hash(line))
         except ValueError as e:
             raise refusal(folder, f"is damaged in line {number}: {e}") from e
+    assert state is not None
     return state
 
 
