@@ -31,6 +31,7 @@ from fedlora.errors import (
 from fedlora.messages import ClientUpdate
 from fedlora.models.loaded import Loaded
 from fedlora.privacy.judge import check_private
+from fedlora.privacy.ledger import Budget
 from fedlora.training.trainer import Progress
 from fedlora.wire import encode_update
 
@@ -177,13 +178,10 @@ class Duty:
             return None
         check_private(job)
         limits = self.policy.privacy
-        privacy = SitePrivacy(
-            job,
-            data,
-            self.folder / "privacy",
-            site_epsilon=limits.budget_epsilon,
-            site_delta=limits.budget_delta if limits.budget_epsilon else None,
-        )
+        site = None
+        if limits.budget_epsilon is not None:
+            site = Budget(limits.budget_epsilon, limits.budget_delta)
+        privacy = SitePrivacy(job, data, self.folder / "privacy", site=site)
         self.policy.check_noise(privacy.terms.noise_multiplier)
         return privacy
 

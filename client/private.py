@@ -8,16 +8,24 @@ made once is sent again as it is, and never made anew: other noise would be anot
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
-from fedlora.privacy.accounting import Event, check_delta, default_delta, epsilon, noise_for
-from fedlora.privacy.ledger import Ledger, Release, dataset_id, site_key
+from fedlora.privacy.dataset import dataset_id, site_key
+from fedlora.privacy.ledger import Budget, Ledger, Release
 
 from fedlora.config.job import Job
 from fedlora.config.privacy import PrivacySection
 from fedlora.data.federated import ClientData
 from fedlora.messages import PrivacyStatement, RoundPlan
+from fedlora.privacy.accounting import (
+    Event,
+    check_delta,
+    default_delta,
+    epsilon,
+    merged,
+    noise_for,
+)
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.noise import NoiseSource, noise_source
 from fedlora.privacy.sampling import secret_uniform, seeded_uniform
@@ -58,7 +66,20 @@ def terms(job: Job, privacy: PrivacySection, examples: int) -> Terms:
     noisy = privacy.metrics == "noisy"
     figures = [Event(1.0, privacy.metrics_noise, rounds, "metric")] if noisy else []
     steps = max(1, training.local_steps * rounds)
-    return Terms(rate, noise_for(privacy.epsilon, delta, rate, steps, figures), delta)
+    return Terms(rate, _noise(privacy.epsilon, delta, rate, steps, tuple(figures)), delta)
+
+
+# the clients of a simulation have much in common, and both take a while
+@lru_cache(maxsize=1024)
+def _noise(
+    budget: float, delta: float, rate: float, steps: int, figures: tuple[Event, ...]
+) -> float:
+    return noise_for(budget, delta, rate, steps, figures)
+
+
+@lru_cache(maxsize=1024)
+def _spent(events: tuple[Event, ...], delta: float) -> float:
+    return epsilon(events, delta, "prv")
 
 
 class SitePrivacy:
@@ -68,9 +89,8 @@ class SitePrivacy:
         job: the run's job; has a [privacy] table.
         data: the client's examples.
         folder: where the site keeps its ledgers.
-        site_epsilon: most that all runs together may spend on these data; None for no limit
-            beyond that of each run.
-        site_delta: the delta that goes with it.
+        site: most that all runs together may spend on these data; None for no limit beyond
+            that of each run.
     """
 
     def __init__(
@@ -79,16 +99,14 @@ class SitePrivacy:
         data: ClientData,
         folder: Path,
         *,
-        site_epsilon: float | None = None,
-        site_delta: float | None = None,
+        site: Budget | None = None,
     ) -> None:
         assert job.privacy is not None, "without a [privacy] table there is nothing to keep"
         self.job = job
         self.section = job.privacy
         self.data = data
         self.folder = folder
-        self.site_epsilon = site_epsilon
-        self.site_delta = site_delta
+        self.site = site
 
     @cached_property
     def terms(self) -> Terms:
@@ -107,10 +125,9 @@ class SitePrivacy:
             self.folder,
             key,
             unit="record",
+            epsilon=self.section.epsilon,
             delta=self.terms.delta,
-            run_epsilon=self.section.epsilon,
-            site_epsilon=self.site_epsilon,
-            site_delta=self.site_delta,
+            site=self.site,
         ) as ledger:
             yield ledger
 
@@ -144,15 +161,15 @@ class SitePrivacy:
     def statement(self, ledger: Ledger, run: str) -> PrivacyStatement:
         """What may be said to the server, by the ledger as it stands."""
         entry, head = ledger.head
-        events = ledger.events(run)
+        events = ledger.charged(run)
         private = self.section.noise != "test"
         return PrivacyStatement(
             unit="record",
-            epsilon=epsilon(events, self.terms.delta, "prv") if private else None,
+            epsilon=_spent(tuple(merged(events)), self.terms.delta) if private else None,
             delta=self.terms.delta,
             noise_multiplier=self.terms.noise_multiplier,
             clip=self.section.max_grad_norm,
-            steps=sum(event.steps for event in events),
+            steps=sum(event.steps for event in events if event.kind == "train"),
             accountant="prv",
             noise=self.section.noise,
             entry=entry,

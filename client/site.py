@@ -125,17 +125,16 @@ class Site:
             release = release_of(plan, broadcast.start_sha256)
             made = ledger.cached(release)
             if made is None:
-                ledger.reserve(release, privacy.events(plan.local_steps))
+                events = privacy.events(plan.local_steps)
+                ledger.reserve(release, events)
                 update = self._work(broadcast, fetch, progress)
-                ledger.spend(release, encode_made(update))
+                ledger.spend(release, events, encode_made(update))
             else:
                 spec = with_rank(self.spec, plan.rank)
                 update = decode_made(made, broadcast, self.name, spec, len(self.data.train))
             return replace(update, privacy=privacy.statement(ledger, plan.run))
 
-    def _work(
-        self, broadcast: Broadcast, fetch: Fetch, progress: Progress | None
-    ) -> ClientUpdate:
+    def _work(self, broadcast: Broadcast, fetch: Fetch, progress: Progress | None) -> ClientUpdate:
         plan = broadcast.plan
         spec = with_rank(self.spec, plan.rank)
         method = METHODS[spec.method]

@@ -1,4 +1,4 @@
-"""PrivacyRecord: what clients' ledgers have said, from the first round to the last committed one."""
+"""PrivacyRecord: what clients' ledgers have said, up to the last committed round."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict

@@ -44,6 +44,9 @@ class Run:
         job: the run's job.
         loaded: model and data of the server.
         emit: receives every event, besides metrics.jsonl.
+
+    Attributes:
+        privacy: what clients have said of theirs, once `go` was called.
     """
 
     def __init__(self, job: Job, loaded: Loaded, emit: Emit | None = None) -> None:
@@ -52,6 +55,7 @@ class Run:
         self.emit = emit or (lambda event: None)
         self.spec: AdapterSpec = loaded.initial.spec
         self.method = METHODS[self.spec.method]
+        self.privacy = PrivacyRecord()
         self.strategy: Strategy = make_strategy(job.federation, self.method)
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
@@ -164,6 +168,7 @@ class Run:
             log.append(event)
             self.emit(event)
 
+        self.privacy = PrivacyRecord(committed.record.get("privacy"))
         if committed.round:
             emit({"event": "resume", "round": committed.round})
         parts = RunParts(
@@ -177,7 +182,7 @@ class Run:
             settings=self._settings(quorum),
             evaluate=evaluate,
             emit=emit,
-            privacy=PrivacyRecord(committed.record.get("privacy")),
+            privacy=self.privacy,
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)

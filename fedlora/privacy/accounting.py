@@ -5,9 +5,8 @@ mechanism, Mironov, Talwar and Zhang 2019, https://arxiv.org/abs/1908.10530, sec
 into (epsilon, delta) by Balle et al. 2020, https://arxiv.org/abs/1905.09982, theorem 21. It
 takes milliseconds and is what gates a release. "prv": numerical composition of privacy loss
 variables, Gopi, Lee and Wutschitz 2021, https://arxiv.org/abs/2106.02848; within 0.01 of the
-truth, and what reports show beside it (its
-grid is coarser, and the bound looser, for more steps than 4 million points hold). Both by Opacus. The central limit accountant ("gdp") is
-not offered: it may say less than what was spent.
+truth (less near it where 4 million points are too few), and what reports show beside it. Both
+by Opacus. The central limit accountant ("gdp") is not offered: it may say less than was spent.
 
 No credit is taken for a secret choice of clients, nor for steps that nobody sees.
 """

@@ -1,4 +1,4 @@
-"""What a job's choices do to a promise of record-level privacy: void it, cost budget, or nothing."""
+"""What a job's choices do to record-level privacy: void it, cost budget, or nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

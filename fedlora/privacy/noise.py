@@ -51,8 +51,8 @@ class OsNoise:
         """See `NoiseSource.normal`."""
         device = torch.device(device)
         if device.type == "cpu":
-            stream = np.random.default_rng(secrets.randbits(128))
-            return torch.from_numpy(np.asarray(stream.standard_normal(tuple(shape))))
+            draws = np.random.default_rng(secrets.randbits(128)).standard_normal(tuple(shape))
+            return torch.from_numpy(np.asarray(draws))
         stream = torch.Generator(device).manual_seed(secrets.randbits(64) - (1 << 63))
         return torch.randn(tuple(shape), generator=stream, dtype=torch.float64, device=device)
 
@@ -62,7 +62,7 @@ class SecureNoise:
 
     Each value is the sum of four such normals over 2, so that the gaps between the floating
     point numbers that one alone can take do not show (Holohan & Braghin, "Secure Random
-    Sampling in Differential Privacy", https://arxiv.org/abs/2107.10138, section 4).
+    Sampling in Differential Privacy", https://arxiv.org/abs/2107.10138, section 5.1).
     """
 
     mode: NoiseMode = "secure"

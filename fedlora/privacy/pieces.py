@@ -48,7 +48,8 @@ class Whole:
         grads = self.grads
         if keep is not None:
             grads, weights = grads[keep], weights[keep]
-        return torch.tensordot(weights, grads, 1)
+        total: Tensor = torch.tensordot(weights, grads, 1)
+        return total
 
     def whole(self) -> Tensor:
         return self.grads
