@@ -5,14 +5,17 @@ trains, and most look right from outside.
 """
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedlora.data.example import IGNORE
-from fedlora.privacy.audit.subject import Subject
+from fedlora.privacy.audit.subject import Subject, open_ledger
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.noise import TestNoise
 from fedlora.privacy.pieces import Whole
@@ -252,7 +255,7 @@ class Parts:
         return sum(piece.weighted_sum(weights, keep) for piece in self.pieces)
 
 
-@trainer("sensitivity", "shared")
+@trainer("denominator", "shared")
 class NormsOfALeafCalledTwiceAddUp(PrivateTrainer):
     def clipped(self, listening, numbers, settings):
         held = {}
@@ -316,14 +319,18 @@ class BatchesOfFixedSize(Mechanism):
 class FirstExamplesMoreOften(Mechanism):
     def batch(self):
         numbers = self.uniform(self.examples)
-        tilt = np.where(np.arange(self.examples) < self.examples // 2, 0.8, 1.2)
+        tilt = np.where(np.arange(self.examples) < self.examples // 2, 0.5, 1.5)
         return np.flatnonzero(numbers * tilt < self.rate).tolist()
 
 
-MUTANTS["batches from a fixed seed"] = Mutant(
-    lambda s: s.with_uniform(
-        lambda count: np.random.default_rng(int(np.random.default_rng().integers(100))).random(count)
-    ),
+def few_batches(count):
+    """From a seed that is one of a hundred."""
+    seed = int(np.random.default_rng().integers(100))
+    return np.random.default_rng(seed).random(count)
+
+
+MUTANTS["batches from few seeds"] = Mutant(
+    lambda s: replace(s, uniform=few_batches),
     "sampling",
 )
 
@@ -358,15 +365,62 @@ class LossOverTheSizeOfTheMicroBatch(PrivateTrainer):
 
 @trainer("additivity")
 class LastMicroBatchDropped(PrivateTrainer):
-    def _sums(self, batch, listening, work, settings, step):
+    def _sums(self, batch, listening, settings):
         size = settings.batch_size
         kept = batch[: (len(batch) - 1) // size * size] if len(batch) > size else batch
-        return super()._sums(kept, listening, work, settings, step)
+        return super()._sums(kept, listening, settings)
 
 
 @trainer("denominator")
 class OnlyTheLastMicroBatchCounts(PrivateTrainer):
-    def _sums(self, batch, listening, work, settings, step):
+    def _sums(self, batch, listening, settings):
         size = settings.batch_size
         last = batch[(len(batch) - 1) // size * size :] if batch else batch
-        return super()._sums(last, listening, work, settings, step)
+        return super()._sums(last, listening, settings)
+
+
+@mechanism("accounting")
+class EmptyBatchesDrawnAgain(Mechanism):
+    def batch(self):
+        batch = Mechanism.batch(self)
+        return batch or self.batch()
+
+
+def ledger(oracle):
+    def register(cls):
+        MUTANTS[_words(cls.__name__)] = Mutant(
+            lambda s: replace(s, ledger=lambda folder: open_ledger(folder, cls)), oracle
+        )
+        return cls
+
+    return register
+
+
+@ledger("accounting")
+class AccountantNeverAdvanced(Ledger):
+    def reserve(self, release, events, details=None):
+        super().reserve(release, [replace(event, steps=0) for event in events], details)
+
+    def spend(self, release, events_actual, payload, details=None):
+        nothing = [replace(event, steps=0) for event in events_actual]
+        super().spend(release, nothing, payload, details)
+
+
+@ledger("accounting")
+class NoiseOverstated(Ledger):
+    def charged(self, run=None):
+        return [replace(event, noise=1.1 * event.noise) for event in super().charged(run)]
+
+
+@ledger("accounting")
+class EmptyStepsNotCharged(Ledger):
+    def spend(self, release, events_actual, payload, details=None):
+        fewer = [replace(event, steps=event.steps - 1) for event in events_actual]
+        super().spend(release, fewer, payload, details)
+
+
+def afresh(folder):
+    return open_ledger(Path(tempfile.mkdtemp(dir=folder)))
+
+
+MUTANTS["accountant reset on restart"] = Mutant(lambda s: replace(s, ledger=afresh), "accounting")

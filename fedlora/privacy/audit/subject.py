@@ -6,7 +6,9 @@ and again; what a step released is the movement of the parameters over the learn
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 from fedlora.adapters.inject import AdaptedModel
 from fedlora.config.job import TrainingSection
 from fedlora.data.example import Example, collate
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.noise import NoiseSource, OsNoise
 from fedlora.privacy.sampling import Uniform, secret_uniform
@@ -27,6 +30,8 @@ from fedlora.training.trainer import LocalWork
 
 MICRO = 2
 """Examples of a micro-batch: few, so that a batch is several of them."""
+DELTA = 1e-5
+"""Of the audited ledger."""
 # large beside the parameters, so that their rounding does not show in how they move
 _RATE = 1024.0
 # of the random part of the adapter that is audited: without one, some gradients are zero
@@ -47,6 +52,7 @@ class Subject:
         per_sample: see `privacy.per_sample`.
         trainer: the private trainer.
         mechanism: the mechanism that it is given.
+        ledger: opens the privacy ledger in a folder, at the first time or again.
         source: (client, round) -> source of the noise.
         uniform: what batches are taken by, where an oracle does not say.
     """
@@ -60,6 +66,7 @@ class Subject:
     per_sample: str = "auto"
     trainer: type[PrivateTrainer] = PrivateTrainer
     mechanism: type[Mechanism] = Mechanism
+    ledger: Callable[[Path], Ledger] = field(default=lambda folder: open_ledger(folder))
     source: Callable[[str, int], NoiseSource] = field(default=lambda client, number: OsNoise())
     uniform: Uniform = secret_uniform
 
@@ -89,7 +96,7 @@ class Subject:
 
     def released(
         self,
-        batches: Sequence[Sequence[int]],
+        batches: "Sequence[Sequence[int]] | Taking",
         *,
         clip: float,
         noise: float,
@@ -100,27 +107,23 @@ class Subject:
         """What each step releases, by parameter, in float64 on the CPU.
 
         Args:
-            batches: the examples of every step, ascending.
+            batches: the examples of every step.
             clip: C.
             noise: sigma.
             expected: b, the expected size of a batch.
             client, number: name the source of the noise.
         """
+        taking = batches if isinstance(batches, Taking) else Taking(batches)
+        steps = len(taking.batches)
         mechanism = self.mechanism(
             examples=len(self.examples),
             rate=expected / len(self.examples),
             clip=clip,
             noise_multiplier=noise,
             source=self.source(client, number),
-            uniform=_taking(batches),
+            uniform=taking,
             per_sample=self.per_sample,
         )
-        return self.train(mechanism, len(batches), client)
-
-    def train(
-        self, mechanism: Mechanism, steps: int, client: str = "client-0"
-    ) -> list[dict[str, Tensor]]:
-        """What each step of a mechanism releases; the adapter is what it was afterwards."""
         trainer = self.trainer(
             self.adapted, self.examples, mechanism, task=self.task, pad_id=self.pad_id
         )
@@ -133,7 +136,7 @@ class Subject:
             total_steps=max(1, steps),
             seed=0,
             client=client,
-            round=1,
+            round=number,
             progress=lambda done, planned: places.append(self.adapted.state().tensors),
         )
         try:
@@ -144,12 +147,10 @@ class Subject:
         names = self.adapted.train_only(self.factors)
         return [
             {name: (old[name].double() - new[name].double()) / _RATE for name in names}
-            for old, new in zip(places, places[1:], strict=False)
+            for old, new in pairwise(places)
         ]
 
-    def sums(
-        self, batch: Sequence[int], clip: float, expected: float = 3.0
-    ) -> dict[str, Tensor]:
+    def sums(self, batch: Sequence[int], clip: float, expected: float = 3.0) -> dict[str, Tensor]:
         """The clipped sum over a batch, from a step without noise."""
         released = self.released([batch], clip=clip, noise=0.0, expected=expected)[0]
         return {name: expected * tensor for name, tensor in released.items()}
@@ -192,18 +193,28 @@ class Subject:
         finally:
             handle.remove()
 
-    def with_uniform(self, uniform: Uniform) -> "Subject":
-        """The same subject with another source of batches."""
-        return replace(self, uniform=uniform)
 
+class Taking:
+    """Uniform numbers with which Poisson sampling takes given batches, one after another.
 
-def _taking(batches: Sequence[Sequence[int]]) -> Uniform:
-    """Uniform numbers with which Poisson sampling takes these batches, one after another."""
-    left = iter(batches)
+    Attributes:
+        batches: these; afterwards it takes every example.
+        drawn: how often it was asked.
+    """
 
-    def draw(count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self.batches = batches
+        self.drawn = 0
+
+    def __call__(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+        """See `Uniform`."""
+        left = self.drawn < len(self.batches)
         numbers = np.ones(count)
-        numbers[list(next(left))] = 0.0
+        numbers[list(self.batches[self.drawn]) if left else slice(None)] = 0.0
+        self.drawn += 1
         return numbers
 
-    return draw
+
+def open_ledger(folder: Path, kind: type[Ledger] = Ledger) -> Ledger:
+    """The ledger of the audited examples, without a budget."""
+    return kind.open(folder, "0" * 16, unit="record", epsilon=None, delta=DELTA)
