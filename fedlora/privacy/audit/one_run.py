@@ -80,7 +80,9 @@ def audit(seed: int, make: MakeMechanism = Mechanism) -> Audit:
     return Audit(claimed, bound, guesses, right)
 
 
-def lower_bound(canaries: int, guesses: int, right: int, beta: float, delta: float = DELTA) -> float:
+def lower_bound(
+    canaries: int, guesses: int, right: int, beta: float, delta: float = DELTA
+) -> float:
     """Largest epsilon that so many right guesses refute; 0 if none.
 
     Args:
