@@ -14,9 +14,9 @@ from fedlora.adapters.inject import AdaptedModel
 from fedlora.config.job import TrainingSection
 from fedlora.data.example import Batch, Example, collate
 from fedlora.errors import TrainingError
+from fedlora.privacy.made_up import made_up
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.per_sample import PerSample, per_sample
-from fedlora.seeds import generator
 from fedlora.training.loss import example_losses
 from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
@@ -155,7 +155,8 @@ class PrivateTrainer:
             TrainingError: it does, so that clipping bounds nothing.
         """
         parameters = self.adapted.train_only(factors)
-        one, other = self._made_up(0), self._made_up(1)
+        # of unequal length
+        one, other = (made_up(self.adapted, self.examples[0], i, 6 - 2 * i) for i in (0, 1))
         with (
             training_mode(self.adapted, checkpointing=settings.gradient_checkpointing),
             per_sample(self.mechanism.per_sample, self.adapted.model, parameters) as listening,
@@ -178,18 +179,6 @@ class PrivateTrainer:
         found = {name: piece.whole().detach().cpu() for name, piece in listening.pieces().items()}
         listening.begin(0)
         return found
-
-    def _made_up(self, number: int) -> Example:
-        """A random example of the kind that is trained on, of another length for each number."""
-        like = self.examples[0]
-        stream = generator(number, "made-up example")
-        if "pixel_values" in like.inputs:
-            pixels = torch.randn(like.inputs["pixel_values"].shape, generator=stream)
-            return Example({"pixel_values": pixels}, torch.zeros_like(like.target))
-        vocabulary = int(self.adapted.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        ids = torch.randint(0, vocabulary, (6 - 2 * number,), generator=stream)
-        target = torch.zeros_like(like.target) if like.target.ndim == 0 else ids.clone()
-        return Example({"input_ids": ids}, target)
 
     def _need_moved(self, before: Mapping[str, Tensor], work: LocalWork) -> None:
         """The model's own parameters have moved, not others that once were its own."""

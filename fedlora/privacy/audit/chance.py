@@ -4,9 +4,11 @@ Their limits are exceeded by correct training with a probability below `FALSE_AL
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
 
 from fedlora.privacy.audit.finding import (
     CLIP,
@@ -27,11 +29,13 @@ def noise_scale(subject: Subject) -> Finding:
     """Noise has mean 0 and variance (sigma C / b)^2, in every tensor, whatever the batch."""
     worst = Worst("noise scale")
     wanted = SIGMA * CLIP / EXPECTED
-    terms = {"clip": CLIP, "expected": EXPECTED}
     batch = range(min(5, len(subject.examples)))
-    plain = subject.released([batch], noise=0.0, **terms)[0]
-    noisy = subject.released([batch], noise=SIGMA, **terms)[0]
-    empty = subject.released([[]] * _STEPS, noise=SIGMA, **terms)
+
+    def tried(batches: Sequence[Sequence[int]], noise: float) -> list[dict[str, Tensor]]:
+        return subject.released(batches, clip=CLIP, noise=noise, expected=EXPECTED)
+
+    plain, noisy = tried([batch], 0.0)[0], tried([batch], SIGMA)[0]
+    empty = tried([[]] * _STEPS, SIGMA)
     noises = [*empty, {name: noisy[name] - plain[name] for name in plain}]
     level = FALSE_ALARM / (2 * len(noises) * (len(plain) + 1))
     limit = float(stats.norm.isf(level / 2))
@@ -52,12 +56,18 @@ def noise_scale(subject: Subject) -> Finding:
 
 def noise_independence(subject: Subject) -> Finding:
     """Noise correlates with nothing: other steps, other rounds, other clients, its neighbours."""
-    terms = {"clip": CLIP, "noise": SIGMA, "expected": EXPECTED}
     rows = {
         f"step {step} of {client}, round {number}": flat(found)
         for client, number in (("client-0", 1), ("client-1", 1), ("client-0", 2))
         for step, found in enumerate(
-            subject.released([[]] * _STEPS, client=client, number=number, **terms)
+            subject.released(
+                [[]] * _STEPS,
+                clip=CLIP,
+                noise=SIGMA,
+                expected=EXPECTED,
+                client=client,
+                number=number,
+            )
         )
     }
     pairs = [

@@ -33,8 +33,7 @@ def accounting(subject: Subject) -> Finding:
                 planned = [Event(rate, sigma, len(batches))]
                 ledger.reserve(release, planned)
                 taking = Taking(batches)
-                terms = {"clip": CLIP, "noise": sigma, "expected": EXPECTED}
-                subject.released(taking, number=number, **terms)
+                subject.released(taking, clip=CLIP, noise=sigma, expected=EXPECTED, number=number)
                 drawn += taking.drawn
                 ledger.spend(release, planned, b"what was released")
         with subject.ledger(folder) as ledger:
