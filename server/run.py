@@ -14,16 +14,19 @@ from fedlora.checkpoint import Committed, RunStore
 from fedlora.compress import agreed
 from fedlora.config.job import Job
 from fedlora.config.load import dump_job
+from fedlora.config.privacy import PrivacySection
 from fedlora.data.example import Example
 from fedlora.errors import RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
-from fedlora.server.admission import Limits
+from fedlora.privacy.judge import check_private
+from fedlora.server.admission import Demand, Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
 from fedlora.server.journal import Event
 from fedlora.server.link import AsyncLink, Link
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
+from fedlora.server.privacy_record import PrivacyRecord
 from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.server.run_parts import Evaluate, RoundSettings, RunParts
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
@@ -41,6 +44,9 @@ class Run:
         job: the run's job.
         loaded: model and data of the server.
         emit: receives every event, besides metrics.jsonl.
+
+    Attributes:
+        privacy: what clients have said of theirs, once `go` was called.
     """
 
     def __init__(self, job: Job, loaded: Loaded, emit: Emit | None = None) -> None:
@@ -49,6 +55,7 @@ class Run:
         self.emit = emit or (lambda event: None)
         self.spec: AdapterSpec = loaded.initial.spec
         self.method = METHODS[self.spec.method]
+        self.privacy = PrivacyRecord()
         self.strategy: Strategy = make_strategy(job.federation, self.method)
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
@@ -61,6 +68,7 @@ class Run:
             ConfigError: with what does not go together.
         """
         job = self.job
+        check_private(job)
         check_strategy(
             self.strategy,
             Conditions(
@@ -70,6 +78,7 @@ class Run:
                 optimizer=job.training.optimizer,
                 optimizer_state=job.training.optimizer_state,
                 momentum=job.training.momentum,
+                privacy=job.privacy.unit if job.privacy else None,
                 asynchronous=job.federation.mode == "async",
                 compression=agreed(job.compression),
             ),
@@ -159,6 +168,7 @@ class Run:
             log.append(event)
             self.emit(event)
 
+        self.privacy = PrivacyRecord(committed.record.get("privacy"))
         if committed.round:
             emit({"event": "resume", "round": committed.round})
         parts = RunParts(
@@ -172,6 +182,7 @@ class Run:
             settings=self._settings(quorum),
             evaluate=evaluate,
             emit=emit,
+            privacy=self.privacy,
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
@@ -239,6 +250,7 @@ class Run:
                 federation.max_update_norm,
                 federation.max_examples,
                 federation.weighting == "uniform",
+                _demand(job.privacy),
             ),
             compression=agreed(job.compression),
         )
@@ -261,6 +273,12 @@ class Run:
             ),
             load_version,
         )
+
+
+def _demand(privacy: PrivacySection | None) -> Demand | None:
+    if privacy is None or privacy.unit != "record":
+        return None
+    return Demand(privacy.epsilon, privacy.delta, test_noise=privacy.noise == "test")
 
 
 def metrics_log(store: RunStore) -> MetricsLog:

@@ -47,6 +47,8 @@ class PrivacySection(Section):
     per_sample: Literal["auto", "bookkeeping", "hooks"] = "auto"
     """How gradients of single examples are made: from the products that the backward pass
     computes anyway, or by Opacus' hooks. "auto" takes the first where it applies."""
+    metrics_noise: Above0 = 30.0
+    """metrics = "noisy": standard deviation of the noise in units of one example's share."""
     metrics: Literal["none", "noisy"] = "none"
     """What clients say of their own loss: nothing, or a noisy mean over their validation
     examples, which is paid for out of the same budget."""
