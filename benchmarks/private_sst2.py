@@ -34,7 +34,7 @@ EPSILONS = (None, 6.0, 1.0)
 GRID = (5e-4, 2e-3, 8e-3)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
-CLIENTS, ROUNDS, STEPS, BATCH = 3, 10, 10, 32
+CLIENTS, ROUNDS, STEPS, BATCH = 3, 10, 10, 16
 Line = dict[str, Any]
 
 

@@ -1,5 +1,6 @@
 """Duty: one client's part of a round as its worker does it, from the order to the update sent."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ CODES: dict[type[FedloraError], str] = {
     TransferError: "TRANSFER",
 }
 
+
+SEE_LOG = "the details are in this client's log"
+log = logging.getLogger(__name__)
 
 # stage, steps done, steps planned
 Say = Callable[[str, int, int], None]
@@ -115,6 +119,10 @@ class Duty:
             raise
         except tuple(CODES) as e:
             code = next(code for kind, code in CODES.items() if isinstance(e, kind))
+            if code == "DATA" and order.job.privacy is not None:
+                log.error("%s", e)
+                # it may quote an example
+                raise WorkRefused(code, f"the data cannot be used; {SEE_LOG}") from e
             raise WorkRefused(code, str(e)) from e
 
     def _do(self, order: Order, say: Say) -> Answer:

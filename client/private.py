@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from fedlora.privacy.dataset import dataset_id, site_key
-from fedlora.privacy.ledger import Budget, Ledger, Release
-
 from fedlora.config.job import Job
 from fedlora.config.privacy import PrivacySection
 from fedlora.data.federated import ClientData
@@ -26,6 +23,8 @@ from fedlora.privacy.accounting import (
     merged,
     noise_for,
 )
+from fedlora.privacy.dataset import dataset_id, site_key
+from fedlora.privacy.ledger import Budget, Ledger, Release
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.noise import NoiseSource, noise_source
 from fedlora.privacy.sampling import secret_uniform, seeded_uniform
