@@ -1,12 +1,14 @@
-"""`fedlora privacy plan` and `ledger`"""
+"""`fedlora privacy`: plan, ledger, selftest and audit"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedlora.cli.privacy_checks import add_checks
+
 app = typer.Typer(
-    help="Plan a budget of differential privacy, and see what was spent.",
+    help="Plan a budget of differential privacy, see what was spent, and test the promise.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -62,3 +64,6 @@ def ledger(
         begin_new_budget(folder)
     else:
         run_ledger(folder, as_json=json)
+
+
+add_checks(app)

@@ -3,18 +3,14 @@
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from fedlora.cli.privacy_checks import add_checks
+from fedlora.cli.privacy import app
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.privacy.audit import one_run
 from fedlora.privacy.audit.oracles import ORACLES
 from fedlora.privacy.mechanism import Mechanism
 from tests.privacy.mutants import NoNoise
-
-app = typer.Typer()
-add_checks(app)
 
 
 @pytest.fixture
