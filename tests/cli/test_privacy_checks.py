@@ -10,7 +10,7 @@ from fedlora.errors import ConfigError, RunFailed
 from fedlora.privacy.audit import one_run
 from fedlora.privacy.audit.oracles import ORACLES
 from fedlora.privacy.mechanism import Mechanism
-from tests.privacy.mutants import NoNoise
+from tests.privacy.mutants_of_chance import NoNoise
 
 
 @pytest.fixture

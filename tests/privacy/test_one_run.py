@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.privacy.audit.one_run import audit, lower_bound, refuting
-from tests.privacy.mutants import ClipOfTheBatch, NoiseOverBatchTwice, NoNoise
+from tests.privacy.mutants_of_chance import NoiseOverBatchTwice, NoNoise
+from tests.privacy.mutants_of_sums import ClipOfTheBatch
 
 torch.set_num_threads(1)
 FAULTS = (NoNoise, NoiseOverBatchTwice, ClipOfTheBatch)
