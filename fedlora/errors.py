@@ -17,6 +17,7 @@
     ├── ClockError           this machine's clock and the server's are apart      exit 2
     ├── PolicyError          the server asks for what the site does not permit    exit 2
     ├── WorkRefused          one client's work that its worker does not do         exit 2
+    ├── SecureAggregationError  a secure sum that must not go on; tried again      exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -138,6 +139,19 @@ class WorkRefused(FedloraError):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
+
+
+class SecureAggregationError(FedloraError):
+    """A message of secure aggregation that is refused, or a sum that cannot be taken.
+
+    Args:
+        detail: what was found and what was expected.
+        client: whose fault it is; empty when it is nobody's, or the server's.
+    """
+
+    def __init__(self, detail: str, client: str = "") -> None:
+        super().__init__(detail)
+        self.client = client
 
 
 class RunFailed(FedloraError):
