@@ -21,7 +21,7 @@ from fedlora.models.loaded import Loaded
 from fedlora.server.admission import Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
 from fedlora.server.journal import Event
-from fedlora.server.link import AsyncLink, Link
+from fedlora.server.link import AsyncLink, Link, SecureLink
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.rounds import resume_state, run_rounds
@@ -72,6 +72,7 @@ class Run:
                 momentum=job.training.momentum,
                 asynchronous=job.federation.mode == "async",
                 compression=agreed(job.compression),
+                secure=job.federation.secure_aggregation,
             ),
         )
 
@@ -127,6 +128,7 @@ class Run:
         *,
         evaluate: Evaluate | None,
         asynchronous: AsyncLink | None = None,
+        secure: SecureLink | None = None,
         quorum: int | None = None,
         until: int | None = None,
     ) -> StrategyState:
@@ -137,6 +139,7 @@ class Run:
             link: the clients.
             evaluate: measures a state; None where there is nothing to measure on.
             asynchronous: the clients again, for federation.mode = "async".
+            secure: the clients again, for federation.secure_aggregation = true.
             quorum: fewest updates of a round; by default what the job says.
 
         Raises:
@@ -172,6 +175,7 @@ class Run:
             settings=self._settings(quorum),
             evaluate=evaluate,
             emit=emit,
+            secure=secure,
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
@@ -241,6 +245,7 @@ class Run:
                 federation.weighting == "uniform",
             ),
             compression=agreed(job.compression),
+            secure_bits=federation.secure_bits,
         )
 
     def _buffered(self, parts: RunParts, link: AsyncLink, initial: StrategyState) -> BufferedRounds:

@@ -9,7 +9,7 @@ from fedlora.checkpoint import RunStore
 from fedlora.messages import UNCOMPRESSED, Compression, OptimizerState
 from fedlora.server.admission import Limits
 from fedlora.server.journal import Event
-from fedlora.server.link import Link
+from fedlora.server.link import Link, SecureLink
 from fedlora.strategies.base import Strategy, StrategyState
 
 Evaluate = Callable[[StrategyState, AdapterState], Mapping[str, float]]
@@ -29,6 +29,7 @@ class RoundSettings:
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
         compression: how tensors travel.
+        secure_bits: size of masked integers; with `RunParts.secure` alone.
     """
 
     seed: int
@@ -44,6 +45,7 @@ class RoundSettings:
     keep_every: int
     limits: Limits
     compression: Compression = UNCOMPRESSED
+    secure_bits: int = 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class RunParts:
         run: lineage id of the run.
         store: where rounds are committed.
         link: the clients.
+        secure: the clients again, for secure aggregation; None when updates come as they are.
         strategy: how updates are merged.
         method, basis: of the adapter.
         sent_basis: the basis again if clients cannot make it themselves; each gets it once.
@@ -71,3 +74,4 @@ class RunParts:
     settings: RoundSettings
     evaluate: Evaluate | None
     emit: Callable[[Event], None]
+    secure: SecureLink | None = None

@@ -199,6 +199,15 @@ class FederationSection(Section):
     """An update with a larger L2 norm is rejected."""
     max_examples: Annotated[float, Field(gt=0.0)] = 1e7
     """An update that claims more examples is rejected."""
+    secure_aggregation: bool = False
+    """The server learns the weighted sum of updates and no single one (pairwise masks, Bonawitz
+    et al. 2017), for strategies that need no more, among 3 to 64 clients of a round. `quorum`
+    is its threshold, but at least half the clients and one. Nobody can check single updates
+    then. docs/threat-model.md says against whom it protects."""
+    secure_bits: Literal[32, 64] = 64
+    """Size of masked integers. 64 rounds finer than float32 up to any `max_update_norm`. 32
+    halves the upload; an entry is rounded to clients * max_update_norm / 2^31, so set
+    `max_update_norm` near real norms, and `weighting` to "uniform"."""
 
 
 class CompressionSection(Section):
@@ -332,6 +341,8 @@ class Job(Section):
                     f"federation.buffer = {federation.buffer} is more than the {most} clients at "
                     "work at the same time; choose at most that"
                 )
+        if federation.secure_aggregation:
+            problems += self._secure_misfits()
         if any(hostile.kind == "label-flip" for hostile in self.scenario.hostile) and (
             self.model.task == "causal-lm"
         ):
@@ -342,6 +353,38 @@ class Job(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _secure_misfits(self) -> list[str]:
+        """What secure aggregation does not go with."""
+        federation, secure = self.federation, "federation.secure_aggregation = true"
+        problems = []
+        if federation.mode == "async":
+            problems.append(
+                f'{secure} sums updates of one round; federation.mode = "async" has none: set it '
+                'to "sync"'
+            )
+        if self.compression.up != "none" or self.compression.top_k < 1:
+            problems.append(
+                f"{secure} sends whole integers; compression.up and compression.top_k do not "
+                "apply: leave them out, or halve the upload by federation.secure_bits = 32"
+            )
+        if self.privacy is not None and self.privacy.unit == "client":
+            problems.append(
+                f'{secure} hides single updates, which privacy.unit = "client" clips at the '
+                'server: choose privacy.unit = "record", or one of the two'
+            )
+        if federation.secure_bits == 32 and federation.weighting == "examples":
+            problems.append(
+                "federation.secure_bits = 32 leaves no room for weights: set "
+                'federation.weighting = "uniform", or federation.secure_bits = 64'
+            )
+        most = federation.clients_per_round or self.partition.clients
+        if most and not 3 <= most <= 64:
+            problems.append(
+                f"{secure} needs 3 to 64 clients per round; there are {most}: set "
+                "federation.clients_per_round"
+            )
+        return problems
 
     def digest(self) -> str:
         """SHA-256 of the resolved job; two runs with the same digest do the same."""

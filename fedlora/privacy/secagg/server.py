@@ -4,7 +4,7 @@ Between two `close` methods it takes in what clients send; who sends nothing, or
 is well formed, has dropped out. It keeps one vector, the sum so far.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +112,22 @@ class SecureServer:
         """
         return Quantiser(self.session, sum(a.weight for a in self._adverts.values()))
 
+    @property
+    def advertised(self) -> tuple[str, ...]:
+        """Who has sent keys."""
+        return self._names(self._adverts)
+
+    def weight(self, client: str) -> int:
+        """The weight that a client has sent with its keys.
+
+        Raises:
+            SecureAggregationError: it has sent none.
+        """
+        index = self.session.index(client)
+        if index not in self._adverts:
+            raise SecureAggregationError(f"client {client!r} has sent no keys", client)
+        return self._adverts[index].weight
+
     # shares
 
     def take_boxes(self, client: str, data: bytes) -> None:
@@ -168,7 +184,7 @@ class SecureServer:
     @property
     def survivors(self) -> tuple[str, ...]:
         """Who has sent a vector."""
-        return tuple(self.session.clients[i] for i in sorted(self._sent))
+        return self._names(self._sent)
 
     # signatures
 
@@ -201,6 +217,11 @@ class SecureServer:
             "signature", "reveal", tuple(self._signatures), "have signed the set of survivors"
         )
         return members(signed) + b"".join(self._signatures[i] for i in signed)
+
+    @property
+    def signers(self) -> tuple[str, ...]:
+        """Who has signed the set of survivors."""
+        return self._names(self._signatures)
 
     # what is left of the masks
 
@@ -273,6 +294,9 @@ class SecureServer:
                 client,
             )
         return index
+
+    def _names(self, found: Iterable[int]) -> tuple[str, ...]:
+        return tuple(self.session.clients[i] for i in sorted(found))
 
     def _close(self, phase: str, then: str, found: Indices, what: str) -> Indices:
         assert phase == self._phase, "phases are closed in order"
