@@ -11,6 +11,7 @@ from fedlora.privacy.secagg.client import SecureClient
 from fedlora.privacy.secagg.messages import Roster
 from fedlora.privacy.secagg.session import Session
 from fedlora.privacy.secagg.signed import SignedSets
+from fedlora.privacy.secagg.work import work_digest
 from fedlora.seeds import generator
 from fedlora.wire import encode_update
 
@@ -23,16 +24,25 @@ class SecurePart:
         identity: signs its keys of every session.
         roster: everybody's public key; not from the server.
         weight: its weight in sums.
+        job_sha256: digest of the job that it trains for.
         seed: the run's seed; rounding is drawn from it, masks are not.
     """
 
     def __init__(
-        self, name: str, identity: Ed25519PrivateKey, roster: Roster, *, weight: int, seed: int
+        self,
+        name: str,
+        identity: Ed25519PrivateKey,
+        roster: Roster,
+        *,
+        weight: int,
+        job_sha256: str,
+        seed: int,
     ) -> None:
         self.name = name
         self._identity = identity
         self._roster = roster
         self._weight = weight
+        self._job_sha256 = job_sha256
         self._seed = seed
         self._signed = SignedSets()
         self._client: SecureClient | None = None
@@ -78,18 +88,22 @@ class SecurePart:
         many examples, and holds no figure of the training.
 
         Raises:
-            SecureAggregationError: the session is not that of the broadcast, the update has
-                values that are not finite, or the shares are refused.
+            SecureAggregationError: the session is for another round or other work than the
+                broadcast, the update has values that are not finite, or the shares are refused.
         """
         client, plan = self._current, broadcast.plan
         session = client.session
-        found = (session.run, session.round, session.attempt, session.start_sha256)
-        expected = (plan.run, plan.round, plan.attempt, broadcast.start_sha256)
-        if found != expected:
+        found = (session.run, session.round, session.attempt)
+        if session.work_sha256 != work_digest(self._job_sha256, broadcast):
+            raise SecureAggregationError(
+                f"client {self.name!r} is asked for other work than the session of round "
+                f"{session.round}; everybody in a sum must be asked for the same"
+            )
+        if found != (plan.run, plan.round, plan.attempt):
             raise SecureAggregationError(
                 f"the session is for round {session.round}, attempt {session.attempt} of run "
                 f"{session.run!r}; expected round {plan.round}, attempt {plan.attempt} of run "
-                f"{plan.run!r}, from the same start"
+                f"{plan.run!r}"
             )
         vector = client.quantiser.vector(
             update.delta.tensors,

@@ -176,6 +176,7 @@ class Run:
             evaluate=evaluate,
             emit=emit,
             secure=secure,
+            job_sha256=self.job.digest(),
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)

@@ -56,6 +56,7 @@ class RunParts:
         run: lineage id of the run.
         store: where rounds are committed.
         link: the clients.
+        job_sha256: digest of the job, to which secure sums are bound.
         secure: the clients again, for secure aggregation; None when updates come as they are.
         strategy: how updates are merged.
         method, basis: of the adapter.
@@ -75,3 +76,4 @@ class RunParts:
     evaluate: Evaluate | None
     emit: Callable[[Event], None]
     secure: SecureLink | None = None
+    job_sha256: str = ""

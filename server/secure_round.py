@@ -11,11 +11,12 @@ from fedlora.messages import ClientUpdate
 from fedlora.privacy.secagg.quantise import Mean
 from fedlora.privacy.secagg.server import SecureServer, Total
 from fedlora.privacy.secagg.session import Part, Session, threshold_for
-from fedlora.server.admission import Expectation, admit, expected_size
+from fedlora.privacy.secagg.work import work_digest
+from fedlora.server.admission import admit, expected_size
 from fedlora.server.handout import Handout
 from fedlora.server.link import Reply, SecureLink, Task
 from fedlora.server.merge import Received
-from fedlora.wire import encode_tensors
+from fedlora.wire import decode_broadcast, encode_tensors
 
 SUM = "secure-sum"
 """Name of the one update that a strategy is given."""
@@ -43,7 +44,7 @@ class SecureRound:
             SecureAggregationError: there is no sum; another attempt may have one.
             StrategyError: the clients' plans are not alike.
         """
-        session = self._session([task.client for task in tasks])
+        session = self._session(tasks)
         limits = self.handout.run.settings.limits
         most = 1 if limits.uniform else int(limits.max_examples)
         server = SecureServer(session, self.link.identities(), most)
@@ -64,28 +65,30 @@ class SecureRound:
         total = server.close_reveals()
         return self._received(session, total, levels.mean(total.vector, total.weight))
 
-    def _session(self, clients: Sequence[str]) -> Session:
+    def _session(self, tasks: Sequence[Task]) -> Session:
         """One session for all, which needs that all are asked for the same."""
         handout, settings = self.handout, self.handout.run.settings
-        first = handout.expected[clients[0]]
+        job = handout.run.job_sha256
+        works = {t.client: work_digest(job, decode_broadcast(t.manifest)) for t in tasks}
+        clients = sorted(works)
+        shapes = handout.expected[clients[0]].shapes
         for name in clients:
-            other = handout.expected[name]
-            if _asked(other) != _asked(first):
+            if works[name] != works[clients[0]]:
                 raise StrategyError(
-                    f"the plans of clients {first.client} and {name} differ in what they start "
-                    "from or send back; secure aggregation sums tensors of one plan"
+                    f"the work of clients {clients[0]} and {name} differs; secure aggregation "
+                    "sums updates of one plan and one start"
                 )
         clip = settings.limits.max_update_norm
         return Session(
             run=handout.run.run,
             round=handout.round,
             attempt=handout.attempt,
-            start_sha256=first.start_sha256,
-            clients=tuple(sorted(clients)),
+            work_sha256=works[clients[0]],
+            clients=tuple(clients),
             threshold=threshold_for(len(clients), self.quorum),
             bits=settings.secure_bits,
             parts=tuple(
-                Part(name, math.prod(shape), clip) for name, shape in sorted(first.shapes.items())
+                Part(name, math.prod(shape), clip) for name, shape in sorted(shapes.items())
             ),
         )
 
@@ -161,13 +164,3 @@ class SecureRound:
             comparable=False,
             senders=[self._senders[name] for name in total.survivors],
         )
-
-
-def _asked(expected: Expectation) -> tuple[object, ...]:
-    return (
-        expected.start_sha256,
-        expected.spec_digest,
-        tuple(expected.shapes.items()),
-        expected.slots,
-        expected.coding,
-    )

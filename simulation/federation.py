@@ -153,8 +153,14 @@ class Federation(Run):
         weights = {
             name: 1 if uniform else max(1, len(data.train)) for name, data in self.clients.items()
         }
-        seed = self.job.run.seed
-        return SecureLocalLink(self.scenario, self._work, progress, weights=weights, seed=seed)
+        return SecureLocalLink(
+            self.scenario,
+            self._work,
+            progress,
+            weights=weights,
+            job_sha256=self.job.digest(),
+            seed=self.job.run.seed,
+        )
 
     def _evaluate(self, state: StrategyState, adapter: AdapterState) -> Mapping[str, float]:
         return self.global_scores(adapter, state.round)

@@ -28,6 +28,7 @@ class SecureLocalLink(LocalLink):
         work: (client, manifest, fetch) -> update; does one client's part of a round.
         progress: called with a client's name when its work begins.
         weights: client -> its weight in sums.
+        job_sha256: digest of the run's job.
         seed: the run's seed.
     """
 
@@ -38,13 +39,16 @@ class SecureLocalLink(LocalLink):
         progress: Callable[[str], None] | None = None,
         *,
         weights: Mapping[str, int],
+        job_sha256: str,
         seed: int,
     ) -> None:
         super().__init__(scenario, work, progress)
         keys = {name: Ed25519PrivateKey.generate() for name in weights}
         self._roster = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
         self._parts = {
-            name: SecurePart(name, key, self._roster, weight=weights[name], seed=seed)
+            name: SecurePart(
+                name, key, self._roster, weight=weights[name], job_sha256=job_sha256, seed=seed
+            )
             for name, key in keys.items()
         }
         # of the round that is under way: client -> (start, update)

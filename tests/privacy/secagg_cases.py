@@ -26,7 +26,7 @@ def make_session(n=4, threshold=None, bits=64, sizes=(5, 2), clip=1.0, **changes
         "run": "run",
         "round": 3,
         "attempt": 0,
-        "start_sha256": "ab" * 32,
+        "work_sha256": "ab" * 32,
         "clients": names(n),
         "threshold": threshold or n // 2 + 1,
         "bits": bits,

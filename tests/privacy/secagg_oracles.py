@@ -57,7 +57,7 @@ def no_mask_serves_twice():
         make_session(run="other"),
         make_session(round=4),
         make_session(attempt=1),
-        make_session(start_sha256="cd" * 32),
+        make_session(work_sha256="cd" * 32),
         make_session(5),
     ]
     seen = []

@@ -39,7 +39,7 @@ def federations(draw):
     return make_session(n, threshold, draw(st.sampled_from([32, 64]))), gone
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(federations(), st.integers(0, 2**20))
 def test_sum_is_that_of_the_survivors_or_the_session_aborts(federation, seed):
     """Against the plain sum of those who sent a vector; below the threshold there is none."""

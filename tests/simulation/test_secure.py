@@ -1,13 +1,22 @@
 """Runs by secure aggregation: the same adapter as without, and a server that sees only sums."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from fedlora.errors import ConfigError, QuorumFailed
-from fedlora.wire import decode_own, decode_update_manifest, encode_tensors
+from fedlora.errors import ConfigError, QuorumFailed, StrategyError
+from fedlora.privacy.secagg.work import work_digest
+from fedlora.strategies.fedit import FedIT
+from fedlora.wire import (
+    decode_broadcast,
+    decode_own,
+    decode_update_manifest,
+    encode_broadcast,
+    encode_tensors,
+)
 from tests.simulation.runs import Run, Tap, loaded_for
 
 METHOD_OF = {"fed-sb": "lora-xs"}
@@ -296,3 +305,55 @@ def test_wrappers_that_need_the_mean_alone_are_taken(make):
     secure.go()
     for name, tensor in tensors(plain, 2).items():
         torch.testing.assert_close(tensor, tensors(secure, 2)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_clients_that_are_asked_for_other_work_refuse(make):
+    """A server that has all but one do nothing would read the one update off the sum."""
+    run = make(federation={"rounds": 1, "retries": 0}, partition={"clients": 4})
+
+    class Lying(Tap):
+        def exchange(self, tasks, parts, deadline_s):
+            yield from super().exchange([tasks[0], *map(idle, tasks[1:])], parts, deadline_s)
+
+    def idle(task):
+        broadcast = decode_broadcast(task.manifest)
+        plan = dataclasses.replace(broadcast.plan, local_steps=0)
+        return dataclasses.replace(
+            task, manifest=encode_broadcast(dataclasses.replace(broadcast, plan=plan))
+        )
+
+    with pytest.raises(QuorumFailed, match="1 of 4 clients have sent a vector"):
+        go(run, Lying)
+    refused = run.of("rejected")
+    assert len(refused) == 3
+    assert all("asked for other work than the session" in event["detail"] for event in refused)
+
+
+def test_a_strategy_with_unequal_plans_ends_the_run(make, monkeypatch):
+    plan = FedIT.plan
+
+    def uneven(self, state, client, blank):
+        made = plan(self, state, client, blank)
+        return dataclasses.replace(made, local_steps=1 + (client.name > "client-001"))
+
+    monkeypatch.setattr(FedIT, "plan", uneven)
+    with pytest.raises(StrategyError, match="sums updates of one plan and one start"):
+        make().go()
+
+
+def test_a_client_knows_its_session_by_its_job_and_broadcast(make):
+    """What names the work: everything but the client itself."""
+    run = make(federation={"rounds": 1})
+    run.go()
+    tasks = run.tap.tasks[0]
+    digests = {work_digest("job", decode_broadcast(task.manifest)) for task in tasks}
+    assert len(digests) == 1
+    broadcast = decode_broadcast(tasks[0].manifest)
+    others = {work_digest("other job", broadcast)}
+    for change in ({"attempt": 1}, {"local_steps": 9}, {"rates": {"A": 0.0}}, {"factors": ("A",)}):
+        plan = dataclasses.replace(broadcast.plan, **change)
+        others.add(work_digest("job", dataclasses.replace(broadcast, plan=plan)))
+    parts = dict.fromkeys(broadcast.parts, "0" * 64)
+    others.add(work_digest("job", dataclasses.replace(broadcast, parts=parts)))
+    assert len(others) == 6
+    assert not others & digests

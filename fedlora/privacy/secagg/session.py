@@ -37,7 +37,8 @@ class Session:
     """One attempt at one sum. Every key and signature is bound to its digest.
 
     Attributes:
-        run, round, attempt, start_sha256: of the round's plan.
+        run, round, attempt: of the round's plan.
+        work_sha256: of what every client is asked to do; see `work_digest`.
         clients: names of those who are asked, sorted; a client's index is its place here.
         threshold: t, fewest clients whose sum is ever taken; more than half of all.
         bits: masked entries are integers modulo 2 ** bits; 32 or 64.
@@ -50,7 +51,7 @@ class Session:
     run: str
     round: int
     attempt: int
-    start_sha256: str
+    work_sha256: str
     clients: tuple[str, ...]
     threshold: int
     bits: int
@@ -64,7 +65,7 @@ class Session:
             )
         if list(self.clients) != sorted(set(self.clients)):
             raise SecureAggregationError("the clients of a session are not sorted, or named twice")
-        for value in (self.run, self.start_sha256, *self.clients, *(p.name for p in self.parts)):
+        for value in (self.run, self.work_sha256, *self.clients, *(p.name for p in self.parts)):
             if len(value.encode()) > MAX_TEXT:
                 raise SecureAggregationError(
                     f"name {value[:40]!r}... has {len(value.encode())} bytes; expected at most "
@@ -121,7 +122,7 @@ class Session:
                 text(self.run),
                 number(self.round, 8),
                 number(self.attempt, 4),
-                text(self.start_sha256),
+                text(self.work_sha256),
                 number(len(self.clients), 1),
                 *map(text, self.clients),
                 number(self.threshold, 1),
@@ -140,13 +141,13 @@ class Session:
         """
         cut = Cutter(data, "session")
         run, round_, attempt = cut.text(MAX_TEXT), cut.number(8), cut.number(4)
-        start = cut.text(MAX_TEXT)
+        work = cut.text(MAX_TEXT)
         clients = tuple(cut.text(MAX_TEXT) for _ in range(cut.number(1)))
         threshold, bits = cut.number(1), cut.number(1)
         count = cut.number(2)
         parts = tuple(Part(cut.text(MAX_TEXT), cut.number(4), cut.real()) for _ in range(count))
         cut.end()
-        return cls(run, round_, attempt, start, clients, threshold, bits, parts)
+        return cls(run, round_, attempt, work, clients, threshold, bits, parts)
 
 
 def threshold_for(clients: int, quorum: int) -> int:
