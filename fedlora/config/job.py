@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fedlora.config.privacy import PrivacySection
 from fedlora.config.section import Fraction, NonNegative, Positive, Section
+from fedlora.config.secure import secure_misfits
 
 
 def _folder_name(name: str) -> str:
@@ -342,7 +343,7 @@ class Job(Section):
                     "work at the same time; choose at most that"
                 )
         if federation.secure_aggregation:
-            problems += self._secure_misfits()
+            problems += secure_misfits(self)
         if any(hostile.kind == "label-flip" for hostile in self.scenario.hostile) and (
             self.model.task == "causal-lm"
         ):
@@ -353,38 +354,6 @@ class Job(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-    def _secure_misfits(self) -> list[str]:
-        """What secure aggregation does not go with."""
-        federation, secure = self.federation, "federation.secure_aggregation = true"
-        problems = []
-        if federation.mode == "async":
-            problems.append(
-                f'{secure} sums updates of one round; federation.mode = "async" has none: set it '
-                'to "sync"'
-            )
-        if self.compression.up != "none" or self.compression.top_k < 1:
-            problems.append(
-                f"{secure} sends whole integers; compression.up and compression.top_k do not "
-                "apply: leave them out, or halve the upload by federation.secure_bits = 32"
-            )
-        if self.privacy is not None and self.privacy.unit == "client":
-            problems.append(
-                f'{secure} hides single updates, which privacy.unit = "client" clips at the '
-                'server: choose privacy.unit = "record", or one of the two'
-            )
-        if federation.secure_bits == 32 and federation.weighting == "examples":
-            problems.append(
-                "federation.secure_bits = 32 leaves no room for weights: set "
-                'federation.weighting = "uniform", or federation.secure_bits = 64'
-            )
-        most = federation.clients_per_round or self.partition.clients
-        if most and not 3 <= most <= 64:
-            problems.append(
-                f"{secure} needs 3 to 64 clients per round; there are {most}: set "
-                "federation.clients_per_round"
-            )
-        return problems
 
     def digest(self) -> str:
         """SHA-256 of the resolved job; two runs with the same digest do the same."""

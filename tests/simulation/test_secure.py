@@ -9,6 +9,7 @@ import torch
 
 from fedlora.errors import ConfigError, QuorumFailed, StrategyError
 from fedlora.privacy.secagg.work import work_digest
+from fedlora.simulation.baselines import run_local
 from fedlora.strategies.fedit import FedIT
 from fedlora.wire import (
     decode_broadcast,
@@ -357,3 +358,12 @@ def test_a_client_knows_its_session_by_its_job_and_broadcast(make):
     others.add(work_digest("job", dataclasses.replace(broadcast, parts=parts)))
     assert len(others) == 6
     assert not others & digests
+
+
+def test_the_baseline_of_each_client_alone_is_no_sum(make):
+    """A federation of one client cannot be secure; its adapter is that of a plain job."""
+    found = {}
+    for secure in (False, True):
+        run = make(secure=secure, federation={"rounds": 1})
+        found[secure] = run_local(run.job, loaded_for(run.job), run.folder / str(secure))
+    assert found[True] == found[False]

@@ -75,8 +75,6 @@ class SecureServer:
         self._revealed: dict[int, dict[int, int]] = {}
         self._keys = b""
 
-    # keys
-
     def take_advert(self, client: str, data: bytes) -> None:
         """Takes a client's keys in.
 
@@ -128,8 +126,6 @@ class SecureServer:
             raise SecureAggregationError(f"client {client!r} has sent no keys", client)
         return self._adverts[index].weight
 
-    # shares
-
     def take_boxes(self, client: str, data: bytes) -> None:
         """Takes in a client's encrypted shares for the others.
 
@@ -154,8 +150,6 @@ class SecureServer:
             self.session.clients[i]: head + b"".join(self._boxes[j][i] for j in dealt if j != i)
             for i in dealt
         }
-
-    # vectors
 
     def take_masked(self, client: str, data: bytes) -> None:
         """Adds a client's masked vector to the sum.
@@ -185,8 +179,6 @@ class SecureServer:
     def survivors(self) -> tuple[str, ...]:
         """Who has sent a vector."""
         return self._names(self._sent)
-
-    # signatures
 
     def take_signature(self, client: str, data: bytes) -> None:
         """Takes in a survivor's signature under the set of survivors.
@@ -222,8 +214,6 @@ class SecureServer:
     def signers(self) -> tuple[str, ...]:
         """Who has signed the set of survivors."""
         return self._names(self._signatures)
-
-    # what is left of the masks
 
     def take_reveal(self, client: str, data: bytes) -> None:
         """Takes in the shares that a client reveals.
