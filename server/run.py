@@ -23,7 +23,7 @@ from fedlora.privacy.judge import check_private
 from fedlora.server.admission import Demand, Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
 from fedlora.server.journal import Event
-from fedlora.server.link import AsyncLink, Link
+from fedlora.server.link import AsyncLink, Link, SecureLink
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.privacy_record import PrivacyRecord
@@ -81,6 +81,7 @@ class Run:
                 privacy=job.privacy.unit if job.privacy else None,
                 asynchronous=job.federation.mode == "async",
                 compression=agreed(job.compression),
+                secure=job.federation.secure_aggregation,
             ),
         )
 
@@ -136,6 +137,7 @@ class Run:
         *,
         evaluate: Evaluate | None,
         asynchronous: AsyncLink | None = None,
+        secure: SecureLink | None = None,
         quorum: int | None = None,
         until: int | None = None,
     ) -> StrategyState:
@@ -146,6 +148,7 @@ class Run:
             link: the clients.
             evaluate: measures a state; None where there is nothing to measure on.
             asynchronous: the clients again, for federation.mode = "async".
+            secure: the clients again, for federation.secure_aggregation = true.
             quorum: fewest updates of a round; by default what the job says.
 
         Raises:
@@ -183,6 +186,8 @@ class Run:
             evaluate=evaluate,
             emit=emit,
             privacy=self.privacy,
+            secure=secure,
+            job_sha256=self.job.digest(),
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
@@ -253,6 +258,7 @@ class Run:
                 _demand(job.privacy),
             ),
             compression=agreed(job.compression),
+            secure_bits=federation.secure_bits,
         )
 
     def _buffered(self, parts: RunParts, link: AsyncLink, initial: StrategyState) -> BufferedRounds:
