@@ -17,6 +17,8 @@
     ├── ClockError           this machine's clock and the server's are apart      exit 2
     ├── PolicyError          the server asks for what the site does not permit    exit 2
     ├── WorkRefused          one client's work that its worker does not do         exit 2
+    ├── LedgerError          privacy ledger missing, damaged or another's          exit 2
+    ├── BudgetExhausted      a release that the privacy budget does not cover      exit 4
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -31,6 +33,7 @@ from difflib import get_close_matches
 
 EXIT_USAGE = 2
 EXIT_FAILED = 3
+EXIT_BUDGET = 4
 EXIT_INTERRUPTED = 130
 
 
@@ -138,6 +141,29 @@ class WorkRefused(FedloraError):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
+
+
+class LedgerError(FedloraError):
+    """A privacy ledger that is missing, damaged, rolled back, locked or of other data."""
+
+
+class BudgetExhausted(FedloraError):
+    """A release that would spend more than a privacy budget; nothing was spent on it.
+
+    Args:
+        message: what was asked, what is spent, and of which budget.
+        budget: epsilon that may be spent.
+        spent: epsilon spent before.
+        asked: epsilon after the release.
+    """
+
+    exit_code = EXIT_BUDGET
+
+    def __init__(self, message: str, *, budget: float, spent: float, asked: float) -> None:
+        super().__init__(message)
+        self.budget = budget
+        self.spent = spent
+        self.asked = asked
 
 
 class RunFailed(FedloraError):
