@@ -94,8 +94,7 @@ task {job.model.task}, trained by {num_clients} clients in
 {whose}
 - adapted layers: {len(spec.layers)}; heads trained in full: {", ".join(spec.heads) or "none"}
 - base model fingerprint: `{spec.base_fingerprint}`
-- privacy: no differential privacy. The adapter may reveal training data; treat it as
-  confidential as the data themselves.
+{run.privacy_note()}
 
 Load it with `fedlora evaluate` or `fedlora export`.
 """

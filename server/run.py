@@ -18,8 +18,10 @@ from fedlora.data.example import Example
 from fedlora.errors import RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
+from fedlora.privacy.client_level import Terms, spoken
 from fedlora.server.admission import Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.client_privacy import client_terms, run_private
 from fedlora.server.journal import Event
 from fedlora.server.link import AsyncLink, Link
 from fedlora.server.machine import machine
@@ -53,27 +55,31 @@ class Run:
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
         self.sent_basis = loaded.adapted.basis if derived else {}
+        # of a run that protects clients; made by `check`, which knows how many there are
+        self._terms: Terms | None = None
+        self._epsilon: float | None = None
 
     def check(self, ranks: Sequence[int]) -> None:
         """Refuses what the strategy cannot do with clients of these ranks.
 
         Raises:
             ConfigError: with what does not go together.
+            BudgetExhausted: no noise is large enough for the job's privacy budget.
         """
-        job = self.job
-        check_strategy(
-            self.strategy,
-            Conditions(
-                self.spec,
-                list(ranks),
-                clients_per_round=job.federation.clients_per_round,
-                optimizer=job.training.optimizer,
-                optimizer_state=job.training.optimizer_state,
-                momentum=job.training.momentum,
-                asynchronous=job.federation.mode == "async",
-                compression=agreed(job.compression),
-            ),
+        job, privacy = self.job, self.job.privacy
+        given = Conditions(
+            self.spec,
+            list(ranks),
+            clients_per_round=job.federation.clients_per_round,
+            optimizer=job.training.optimizer,
+            optimizer_state=job.training.optimizer_state,
+            momentum=job.training.momentum,
+            privacy=privacy.unit if privacy else None,
+            asynchronous=job.federation.mode == "async",
+            compression=agreed(job.compression),
         )
+        check_strategy(self.strategy, given)
+        self._terms = client_terms(job, self.strategy, given)
 
     def create(self, folder: Path, facts: Mapping[str, Any], run_id: str | None = None) -> RunStore:
         """Creates the run folder with round 0 and reports the start.
@@ -105,19 +111,27 @@ class Run:
             "eval": self.base_scores(),
             "labels": list(loaded.data.labels),
             "machine": machine(job.run.threads),
+            **({"privacy": self._terms.statement()} if self._terms else {}),
             **facts,
         }
+        events = [start]
         record = {
             "run": run_id or secrets.token_hex(8),
             "spec_digest": self.spec.digest(),
             "extra": {},
-            "events": [start],
+            "events": events,
         }
         state = begin(self.strategy, loaded.initial)
+        if self._terms is not None:
+            sent = trained_shapes(self.spec, self.method, self.strategy.factors(state))
+            count = sum(int(torch.Size(shape).numel()) for shape in sent.values())
+            if why := self._terms.warning(count):
+                events.append({"event": "warning", "round": 0, "why": why})
         files = {"spec.json": encode_json(self.spec.to_json())}
         store = RunStore.create(folder, dump_job(job), job.digest(), state.tensors, record, files)
-        metrics_log(store).append(start)
-        self.emit(start)
+        for event in events:
+            metrics_log(store).append(event)
+            self.emit(event)
         return store
 
     def go(
@@ -141,6 +155,7 @@ class Run:
 
         Raises:
             RunFailed: the run stopped early; see `run_rounds`.
+            BudgetExhausted: the privacy budget is spent; committed rounds stand.
             RunFolderError: the folder belongs to another base model or adapter.
         """
         committed = store.load()
@@ -175,10 +190,23 @@ class Run:
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
+        if self._terms is not None:
+            state, self._epsilon = run_private(parts, self._terms, state, until)
+            return state
         if self.job.federation.mode == "sync":
             return run_rounds(parts, state, until)
         assert asynchronous is not None, "an asynchronous run needs a link that can wait"
         return self._buffered(parts, asynchronous, initial).go(state, committed, until)
+
+    def privacy_note(self) -> str:
+        """What the run promises about its data, as an item of a list in Markdown."""
+        if self._terms is not None:
+            rounds = self.job.federation.rounds
+            return spoken(self._terms.statement(), self._epsilon, rounds)
+        return (
+            "- privacy: no differential privacy. The adapter may reveal training data; treat it "
+            "as\n  confidential as the data themselves."
+        )
 
     def scores(self, examples: list[Example]) -> Scores:
         """Figures of the model as it stands; none without examples."""

@@ -14,12 +14,6 @@ from fedlora.errors import ConfigError, near_miss
 
 Table = TypeVar("Table", bound=Section)
 
-# tables that later versions honour: refused by name, never ignored
-NOT_YET = {
-    "privacy": "this version trains without differential privacy",
-}
-
-
 def load_job(
     path: Path | None,
     overrides: Sequence[str] = (),
@@ -49,9 +43,6 @@ def parse_job(
     for override in overrides:
         problems += _apply(tree, override)
     problems += _unwritable(tree)
-    for key, why in NOT_YET.items():
-        if _pop(tree, key) is not None:
-            problems.append(f"{key} is not supported: {why}; remove it")
     for key, names in (known or {}).items():
         problems += _unknown_name(tree, key, names)
     return _validated(Job, tree, problems)

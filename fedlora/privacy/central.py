@@ -93,7 +93,7 @@ class AdaptiveClip:
     def sum_multiplier(self, noise_multiplier: float, expected: float) -> float:
         """z_sum: the noise multiplier of the sum when count and sum shall cost z."""
         count = 2 * self.count_noise(noise_multiplier, expected)
-        return (noise_multiplier**-2 - count**-2) ** -0.5
+        return 1.0 / math.sqrt(noise_multiplier**-2 - count**-2)
 
     def next_clip(self, clip: float, within: float) -> float:
         """S of the next round.
@@ -128,6 +128,12 @@ class CentralGaussian:
         if self.adaptive is None:
             return self.noise_multiplier
         return self.adaptive.sum_multiplier(self.noise_multiplier, self.expected)
+
+    def round(
+        self, number: int, updates: Iterable[Tensors], shapes: Shapes, clip: float
+    ) -> Release:
+        """Clips, sums and releases; see `clipped_sum`."""
+        return self.release(number, clipped_sum(updates, shapes, clip))
 
     def release(self, number: int, clipped: ClippedSum) -> Release:
         """See `Mechanism.release`; the noise is drawn anew at every call."""
@@ -169,4 +175,5 @@ def clipped_sum(updates: Iterable[Tensors], shapes: Shapes, clip: float) -> Clip
 
 def flat_norm(update: Tensors) -> float:
     """L2 norm over all tensors together, computed in float64."""
-    return math.sqrt(sum(float(torch.sum(tensor.double() ** 2)) for tensor in update.values()))
+    squares = (float(torch.sum(tensor.double() ** 2)) for tensor in update.values())
+    return math.sqrt(math.fsum(squares))

@@ -9,7 +9,7 @@ from fedlora.config.privacy import PrivacySection
 from fedlora.errors import ConfigError
 from fedlora.privacy.accounting import Event, check_delta, default_delta, noise_for
 from fedlora.privacy.central import AdaptiveClip, CentralGaussian
-from fedlora.privacy.noise import NoiseMode, NoiseSource
+from fedlora.privacy.noise import NoiseMode, NoiseSource, noise_source
 from fedlora.strategies.base import Conditions, Strategy
 from fedlora.strategies.wrappers import Wrapper
 
@@ -41,6 +41,7 @@ class Terms:
         epsilon: budget; None without.
         delta: of the budget.
         noise: where noise comes from.
+        solved: z was chosen so that all rounds fit into the budget.
     """
 
     population: int
@@ -53,6 +54,7 @@ class Terms:
     epsilon: float | None
     delta: float
     noise: NoiseMode
+    solved: bool
 
     @property
     def rate(self) -> float:
@@ -77,6 +79,10 @@ class Terms:
     def event(self, noise_multiplier: float | None = None) -> Event:
         """What one round spends."""
         return Event(self.rate, noise_multiplier or self.noise_multiplier, 1)
+
+    def source(self, seed: int) -> Callable[[int], NoiseSource]:
+        """Round -> where its noise comes from; only test noise follows `run.seed`."""
+        return lambda number: noise_source(self.noise, seed, "central", number)
 
     def mechanism(
         self, source: Callable[[int], NoiseSource], noise_multiplier: float | None = None
@@ -177,6 +183,7 @@ def make_terms(
         epsilon=section.epsilon,
         delta=delta,
         noise=section.noise,
+        solved=section.noise_multiplier is None,
     )
 
 

@@ -1,0 +1,64 @@
+"""A run that protects its clients: terms before round 1, and rounds against their budget."""
+
+from fedlora.config.job import Job
+from fedlora.errors import ConfigError
+from fedlora.privacy.client_level import Terms, check_client_level, make_terms
+from fedlora.privacy.ledger import Ledger
+from fedlora.server.private_rounds import PrivateRounds
+from fedlora.server.rounds import run_rounds
+from fedlora.server.run_parts import RunParts
+from fedlora.strategies.base import Conditions, Strategy, StrategyState
+
+# in the run's folder; what it holds is charged to this run alone
+LEDGER = "privacy"
+
+
+def client_terms(job: Job, strategy: Strategy, given: Conditions) -> Terms | None:
+    """What the job promises to its clients; None if it does not protect clients.
+
+    Args:
+        strategy: as it will merge.
+        given: what it was checked against.
+
+    Raises:
+        ConfigError: with what does not go together.
+        BudgetExhausted: no noise is large enough for the budget.
+    """
+    privacy = job.privacy
+    if privacy is None or privacy.unit != "client":
+        return None
+    check_client_level(strategy, given)
+    known = len(given.ranks)
+    if privacy.population is None and job.run.engine == "flower":
+        raise ConfigError(
+            'privacy.unit = "client" needs privacy.population: how many clients are enrolled, '
+            "whether they are connected or not"
+        )
+    population = privacy.population or known
+    if known > population:
+        raise ConfigError(
+            f"privacy.population = {population}, but there are {known} clients; count them all"
+        )
+    federation = job.federation
+    return make_terms(privacy, population, federation.clients_per_round, federation.rounds)
+
+
+def run_private(
+    run: RunParts, terms: Terms, state: StrategyState, until: int | None
+) -> tuple[StrategyState, float | None]:
+    """Runs rounds up to `until` (by default all).
+
+    Returns:
+        the last state, and the epsilon that the run has spent; None where the noise is no
+        secret, for then nothing is promised.
+
+    Raises:
+        BudgetExhausted: the next round does not fit into the budget; committed rounds stand.
+        RunFailed: see `PrivateRounds.round`.
+        RunFolderError: the ledger is missing, damaged or another run's.
+    """
+    with Ledger.open(
+        run.store.folder / LEDGER, run.run, unit="client", epsilon=terms.epsilon, delta=terms.delta
+    ) as ledger:
+        rounds = PrivateRounds(run, terms, ledger)
+        return run_rounds(run, state, until, rounds.round), rounds.epsilon()
