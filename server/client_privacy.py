@@ -1,7 +1,9 @@
 """A run that protects its clients: terms before round 1, and rounds against their budget."""
 
+import hashlib
+
 from fedlora.config.job import Job
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, LedgerError
 from fedlora.privacy.client_level import Terms, check_client_level, make_terms
 from fedlora.privacy.ledger import Ledger
 from fedlora.server.private_rounds import PrivateRounds
@@ -55,10 +57,18 @@ def run_private(
     Raises:
         BudgetExhausted: the next round does not fit into the budget; committed rounds stand.
         RunFailed: see `PrivateRounds.round`.
-        RunFolderError: the ledger is missing, damaged or another run's.
+        LedgerError: the ledger is missing, damaged, or knows of fewer rounds than the run.
     """
+    folder, key = run.store.folder / LEDGER, hashlib.sha256(run.run.encode()).hexdigest()
     with Ledger.open(
-        run.store.folder / LEDGER, run.run, unit="client", epsilon=terms.epsilon, delta=terms.delta
+        folder, key, unit="client", epsilon=terms.epsilon, delta=terms.delta
     ) as ledger:
+        paid = sum(event.steps for event in ledger.charged())
+        if paid < state.round:
+            raise LedgerError(
+                f"privacy ledger {folder} has {paid} rounds, but {state.round} are committed: it "
+                "was lost or replaced, and what was spent cannot be told; restore it, or start a "
+                "new run"
+            )
         rounds = PrivateRounds(run, terms, ledger)
         return run_rounds(run, state, until, rounds.round), rounds.epsilon()

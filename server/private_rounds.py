@@ -26,8 +26,8 @@ from torch import Tensor
 from fedlora.adapter import AdapterState
 from fedlora.errors import QuorumFailed, StrategyError
 from fedlora.messages import CONTROL, ClientUpdate
+from fedlora.privacy.accounting import Accountant, epsilon, noise_for
 from fedlora.privacy.accounting import Event as Spent
-from fedlora.privacy.accounting import epsilon, noise_for
 from fedlora.privacy.central import AdaptiveClip
 from fedlora.privacy.client_level import Terms
 from fedlora.privacy.ledger import Ledger
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 # stands where an update has the name of its client
 EVERYBODY = "everybody"
 FACTS = "privacy.facts"
+# what is reported; the ledger's gate is the looser "rdp"
+ACCOUNTANT: Accountant = "prv"
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,13 @@ class PrivateRounds:
         finally:
             spool.close()
         received = self._received(frame, Given.from_bytes(payload))
-        return merge(self.run, state, received, timed)
+        new = merge(self.run, state, received, timed)
+        self.ledger.released(self._entry(frame, 0))
+        return new
 
     def epsilon(self) -> float | None:
         """What the run has spent; None where the noise can be subtracted by others."""
-        return self.ledger.epsilon() if self.terms.private else None
+        return self.ledger.epsilon(accountant=ACCOUNTANT) if self.terms.private else None
 
     def _frame(self, state: StrategyState, spool: Spool) -> Frame:
         handout = Handout(self.run, state, 0, spool)
