@@ -158,17 +158,17 @@ def test_a_round_without_clients_commits_noise(tmp_path):
 
 
 def test_clients_take_part_with_their_probability_and_follow_no_seed(tmp_path):
-    terms = replace(PRIVATE, epsilon=None, population=10, per_round=3, rounds=8)
+    terms = replace(PRIVATE, epsilon=None, population=10, per_round=3, rounds=3)
     counts, asked = [], []
     for i in range(2):
-        run = Private(tmp_path / str(i), terms, rounds=8)
-        run.link.ranks = {f"c{n:02d}": 2 for n in range(60)}
+        run = Private(tmp_path / str(i), terms, rounds=3)
+        run.link.ranks = {f"c{n:03d}": 2 for n in range(150)}
         run.go()
         asked.append(sorted(run.link.manifests))
         counts += [len(run.link.manifests)]
     assert asked[0] != asked[1]
-    # 2 x 60 x 8 coins of 0.3; once in a million runs it is further off
-    assert abs(sum(counts) - 288) < 5 * math.sqrt(960 * 0.3 * 0.7)
+    # 2 x 150 x 3 coins of 0.3; once in a million runs it is further off
+    assert abs(sum(counts) - 270) < 5 * math.sqrt(900 * 0.3 * 0.7)
 
 
 def test_fixed_sampling_takes_exactly_so_many(tmp_path):
