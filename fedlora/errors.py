@@ -28,6 +28,7 @@
 Messages name the object, what was found, what was expected and what to do.
 """
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -152,14 +153,21 @@ class BudgetExhausted(FedloraError):
 
     Args:
         message: what was asked, what is spent, and of which budget.
-        budget: epsilon that may be spent.
+        budget: epsilon that may be spent; these three are NaN where only a client knows.
         spent: epsilon spent before.
         asked: epsilon after the release.
     """
 
     exit_code = EXIT_BUDGET
 
-    def __init__(self, message: str, *, budget: float, spent: float, asked: float) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget: float = math.nan,
+        spent: float = math.nan,
+        asked: float = math.nan,
+    ) -> None:
         super().__init__(message)
         self.budget = budget
         self.spent = spent

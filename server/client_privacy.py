@@ -6,6 +6,7 @@ from fedlora.config.job import Job
 from fedlora.errors import ConfigError, LedgerError
 from fedlora.privacy.client_level import Terms, check_client_level, make_terms
 from fedlora.privacy.ledger import Ledger
+from fedlora.server.central_record import CentralRecord
 from fedlora.server.private_rounds import PrivateRounds
 from fedlora.server.rounds import run_rounds
 from fedlora.server.run_parts import RunParts
@@ -46,19 +47,19 @@ def client_terms(job: Job, strategy: Strategy, given: Conditions) -> Terms | Non
 
 
 def run_private(
-    run: RunParts, terms: Terms, state: StrategyState, until: int | None
-) -> tuple[StrategyState, float | None]:
-    """Runs rounds up to `until` (by default all).
+    run: RunParts, record: CentralRecord, state: StrategyState, until: int | None
+) -> StrategyState:
+    """Runs rounds up to `until` (by default all) and returns the last state.
 
-    Returns:
-        the last state, and the epsilon that the run has spent; None where the noise is no
-        secret, for then nothing is promised.
+    Args:
+        record: the run's own, `run.privacy`.
 
     Raises:
         BudgetExhausted: the next round does not fit into the budget; committed rounds stand.
         RunFailed: see `PrivateRounds.round`.
         LedgerError: the ledger is missing, damaged, or knows of fewer rounds than the run.
     """
+    terms = record.terms
     folder, key = run.store.folder / LEDGER, hashlib.sha256(run.run.encode()).hexdigest()
     with Ledger.open(
         folder, key, unit="client", epsilon=terms.epsilon, delta=terms.delta
@@ -70,5 +71,4 @@ def run_private(
                 "was lost or replaced, and what was spent cannot be told; restore it, or start a "
                 "new run"
             )
-        rounds = PrivateRounds(run, terms, ledger)
-        return run_rounds(run, state, until, rounds.round), rounds.epsilon()
+        return run_rounds(run, state, until, PrivateRounds(run, record, ledger).round)

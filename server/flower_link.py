@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, text
 from fedlora.server.journal import Event
-from fedlora.server.link import Reply, Task
+from fedlora.server.link import BUDGET_EXHAUSTED, Reply, Task
 from fedlora.server.mail import AWAY, Mail
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers, ReceivedBytes
@@ -175,7 +175,9 @@ class FlowerLink:
                 del waiting[client]
                 seconds = time.monotonic() - started
                 why = f"{code}: {error}" if code else error
-                yield Reply(client, b"", b"", len(task.manifest) + down, seconds, error=why)
+                kind = code if code == BUDGET_EXHAUSTED else "CLIENT_ERROR"
+                down += len(task.manifest)
+                yield Reply(client, b"", b"", down, seconds, error=why, code=kind)
             elif self.offers is None:
                 del waiting[client]
                 yield self._reply(task, _inline(reply, down), started)

@@ -115,6 +115,7 @@ class Handout:
                 slots=plan.slots,
                 factors=plan.sent,
                 coding=plan.coding,
+                entry=self.run.privacy.entry(client.name),
             )
             most = self.expected[client.name].size_bytes
             tasks.append(Task(client.name, encode_broadcast(broadcast), most))
@@ -173,7 +174,7 @@ class Handout:
             if reply.client not in self.expected:
                 raise UpdateRejected(reply.client, "CLIENT", "was not asked in this round")
             if reply.error:
-                raise UpdateRejected(reply.client, "CLIENT_ERROR", reply.error)
+                raise UpdateRejected(reply.client, reply.code, reply.error)
             if not reply.manifest:
                 return False
             if reply.client in self.updates:

@@ -6,6 +6,9 @@ from typing import Protocol
 
 from fedlora.strategies.base import ClientInfo
 
+BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
+"""Code of a client that may not take part any more: its privacy budget is spent."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -33,6 +36,7 @@ class Reply:
         seconds: when the reply came, counted from the start of the round (virtual seconds
             in a simulation).
         error: why there is no update, if the client said so.
+        code: kind of that error: "CLIENT_ERROR", or BUDGET_EXHAUSTED.
     """
 
     client: str
@@ -41,6 +45,7 @@ class Reply:
     bytes_down: int
     seconds: float
     error: str = ""
+    code: str = "CLIENT_ERROR"
 
 
 class Link(Protocol):

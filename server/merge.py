@@ -92,6 +92,8 @@ def merge(
         with timed("evaluate"):
             scores = run.evaluate(new, adapter)
     updates = received.updates
+    run.privacy.add(updates)
+    privacy = run.privacy.summary()
     event: Event = {
         "event": "round",
         "round": new.round,
@@ -104,11 +106,13 @@ def merge(
         "bytes_up": received.bytes_up,
         "bytes_down": received.bytes_down,
         "aggregation_error": error if error is not None and math.isfinite(error) else None,
-        "epsilon": None,
+        "epsilon": privacy["epsilon"] if privacy else None,
         "seconds": {stage: round(s, 6) for stage, s in timed.seconds.items()},
         "adapter_sha256": tensors_digest(adapter.tensors),
         **received.event,
     }
+    if privacy:
+        event["privacy"] = privacy
     if notes:
         event["notes"] = notes
     if not settings.compression.plain:
@@ -120,6 +124,7 @@ def merge(
         "extra": dict(new.extra),
         "client_metrics": {update.client: dict(update.metrics) for update in updates},
         "weights": {update.client: update.weight for update in updates},
+        "privacy": run.privacy.to_json(),
         "events": events,
         **received.record,
     }

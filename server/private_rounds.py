@@ -18,7 +18,6 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +25,15 @@ from torch import Tensor
 from fedlora.adapter import AdapterState
 from fedlora.errors import QuorumFailed, StrategyError
 from fedlora.messages import CONTROL, ClientUpdate
-from fedlora.privacy.accounting import Accountant, epsilon, noise_for
 from fedlora.privacy.accounting import Event as Spent
+from fedlora.privacy.accounting import epsilon, noise_for
 from fedlora.privacy.central import AdaptiveClip
-from fedlora.privacy.client_level import Terms
+from fedlora.privacy.client_level import ACCOUNTANT
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.ledger import Release as Entry
 from fedlora.seeds import generator
 from fedlora.server.admission import Expectation
+from fedlora.server.central_record import CentralRecord
 from fedlora.server.handout import Handout
 from fedlora.server.merge import Received, Stopwatch, merge
 from fedlora.server.run_parts import RunParts
@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 # stands where an update has the name of its client
 EVERYBODY = "everybody"
 FACTS = "privacy.facts"
-# what is reported; the ledger's gate is the looser "rdp"
-ACCOUNTANT: Accountant = "prv"
 
 
 @dataclass(frozen=True)
@@ -97,13 +95,14 @@ class PrivateRounds:
 
     Args:
         run: the run.
-        terms: what is promised.
+        record: the run's, with its terms.
         ledger: what this run has spent.
     """
 
-    def __init__(self, run: RunParts, terms: Terms, ledger: Ledger) -> None:
+    def __init__(self, run: RunParts, record: CentralRecord, ledger: Ledger) -> None:
         self.run = run
-        self.terms = terms
+        self.record = record
+        self.terms = record.terms
         self.ledger = ledger
 
     def round(self, state: StrategyState) -> StrategyState:
@@ -125,14 +124,12 @@ class PrivateRounds:
                 payload = self._release(state, frame, spool, timed)
         finally:
             spool.close()
-        received = self._received(frame, Given.from_bytes(payload))
+        given = Given.from_bytes(payload)
+        self._note(given)
+        received = self._received(frame, given)
         new = merge(self.run, state, received, timed)
         self.ledger.released(self._entry(frame, 0))
         return new
-
-    def epsilon(self) -> float | None:
-        """What the run has spent; None where the noise can be subtracted by others."""
-        return self.ledger.epsilon(accountant=ACCOUNTANT) if self.terms.private else None
 
     def _frame(self, state: StrategyState, spool: Spool) -> Frame:
         handout = Handout(self.run, state, 0, spool)
@@ -150,9 +147,7 @@ class PrivateRounds:
         """Pays for the round, does it, and writes down what it gives away."""
         attempt, roster = self._present(state)
         entry = self._entry(frame, attempt)
-        last = (self.run.store.record(state.round) or {}).get("privacy", {})
-        clip = float(last.get("next_clip", self.terms.clip))
-        noise_multiplier = self._noise_multiplier(state, last)
+        clip, noise_multiplier = self.record.next_clip, self._noise_multiplier(state)
         event = self.terms.event(noise_multiplier)
         self.ledger.reserve(entry, [event])
         handout = Handout(self.run, state, attempt, spool)
@@ -186,10 +181,9 @@ class PrivateRounds:
         self.ledger.spend(entry, [event], payload)
         return payload
 
-    def _noise_multiplier(self, state: StrategyState, last: Mapping[str, Any]) -> float:
+    def _noise_multiplier(self, state: StrategyState) -> float:
         """Z of the last round; more where what a crash lost must be made up for."""
-        terms = self.terms
-        found = float(last.get("noise_multiplier", terms.noise_multiplier))
+        terms, found = self.terms, self.record.noise_multiplier
         if not terms.solved or terms.epsilon is None:
             return found
         rest, spent = terms.rounds - state.round, self.ledger.charged()
@@ -232,6 +226,18 @@ class PrivateRounds:
         asked = frame.asked
         return Entry(self.run.run, asked.round, attempt, asked.start_sha256)
 
+    def _note(self, given: Given) -> None:
+        next_clip = given.clip
+        if self.terms.adaptive:
+            next_clip = AdaptiveClip().next_clip(given.clip, given.within)
+        self.record.note(
+            clip=given.clip,
+            noise_multiplier=given.noise_multiplier,
+            next_clip=next_clip,
+            steps=sum(event.steps for event in self.ledger.charged()),
+            epsilon=self.ledger.epsilon(accountant=ACCOUNTANT),
+        )
+
     def _received(self, frame: Frame, given: Given) -> Received:
         """The noisy mean as the one update of the round, and a record that names nobody."""
         asked = frame.asked
@@ -246,26 +252,13 @@ class PrivateRounds:
             start=asked.start,
             weight=1.0,
         )
-        facts = {"clip": given.clip, "noise_multiplier": given.noise_multiplier}
-        next_clip = given.clip
-        if self.terms.adaptive:
-            next_clip = AdaptiveClip().next_clip(given.clip, given.within)
         return Received(
             updates=[mean],
             rejected=[],
             missing=[],
             bytes_up=self.terms.per_round * asked.size_bytes,
             bytes_down=self.terms.per_round * frame.bytes_down,
-            event={
-                "clients": [],
-                "rejected": None,
-                "epsilon": self.epsilon(),
-                "privacy": facts,
-            },
-            record={
-                "client_metrics": {},
-                "weights": {},
-                "privacy": {**facts, "next_clip": next_clip},
-            },
+            event={"clients": [], "rejected": None},
+            record={"client_metrics": {}, "weights": {}},
             comparable=False,
         )

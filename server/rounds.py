@@ -11,8 +11,9 @@ from dataclasses import replace
 from functools import partial
 
 from fedlora.checkpoint import Committed
-from fedlora.errors import QuorumFailed
+from fedlora.errors import BudgetExhausted, QuorumFailed
 from fedlora.server.handout import Handout
+from fedlora.server.link import BUDGET_EXHAUSTED
 from fedlora.server.merge import Received, Stopwatch, merge
 from fedlora.server.run_parts import RunParts
 from fedlora.server.selection import choose
@@ -58,6 +59,7 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
                 run.emit(line)
             event = {"event": "abandoned", "round": number, "attempt": count, "why": shortage}
             run.emit(event)
+            _stop_if_exhausted(handout, shortage)
         finally:
             spool.close()
     raise QuorumFailed(
@@ -91,6 +93,17 @@ def _collect(handout: Handout, timed: Stopwatch) -> str:
         f"{len(handout.updates)} of {len(chosen)} clients gave a usable update{why}; "
         f"the quorum is {quorum}"
     )
+
+
+def _stop_if_exhausted(handout: Handout, shortage: str) -> None:
+    """Trying again would not help clients that may not take part any more."""
+    spent = [event for event in handout.rejected if event["code"] == BUDGET_EXHAUSTED]
+    if spent:
+        raise BudgetExhausted(
+            f"round {handout.round} has no quorum because privacy budgets are spent: {shortage}. "
+            f"{spent[0]['client']}: {spent[0]['detail']} The run stands at round "
+            f"{handout.round - 1}"
+        )
 
 
 def _received(handout: Handout) -> Received:

@@ -14,18 +14,22 @@ from fedlora.checkpoint import Committed, RunStore
 from fedlora.compress import agreed
 from fedlora.config.job import Job
 from fedlora.config.load import dump_job
+from fedlora.config.privacy import PrivacySection
 from fedlora.data.example import Example
 from fedlora.errors import RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
-from fedlora.privacy.client_level import Terms, spoken
-from fedlora.server.admission import Limits
+from fedlora.privacy.client_level import Terms
+from fedlora.privacy.judge import check_private
+from fedlora.server.admission import Demand, Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.central_record import CentralRecord, privacy_record
 from fedlora.server.client_privacy import client_terms, run_private
 from fedlora.server.journal import Event
 from fedlora.server.link import AsyncLink, Link
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
+from fedlora.server.privacy_record import PrivacyRecord
 from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.server.run_parts import Evaluate, RoundSettings, RunParts
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
@@ -43,6 +47,9 @@ class Run:
         job: the run's job.
         loaded: model and data of the server.
         emit: receives every event, besides metrics.jsonl.
+
+    Attributes:
+        privacy: what was spent, by clients or by the server, once `go` was called.
     """
 
     def __init__(self, job: Job, loaded: Loaded, emit: Emit | None = None) -> None:
@@ -51,13 +58,13 @@ class Run:
         self.emit = emit or (lambda event: None)
         self.spec: AdapterSpec = loaded.initial.spec
         self.method = METHODS[self.spec.method]
+        self.privacy = PrivacyRecord()
         self.strategy: Strategy = make_strategy(job.federation, self.method)
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
         self.sent_basis = loaded.adapted.basis if derived else {}
-        # of a run that protects clients; made by `check`, which knows how many there are
+        # made by `check`, which knows how many clients there are
         self._terms: Terms | None = None
-        self._epsilon: float | None = None
 
     def check(self, ranks: Sequence[int]) -> None:
         """Refuses what the strategy cannot do with clients of these ranks.
@@ -66,7 +73,8 @@ class Run:
             ConfigError: with what does not go together.
             BudgetExhausted: no noise is large enough for the job's privacy budget.
         """
-        job, privacy = self.job, self.job.privacy
+        job = self.job
+        check_private(job)
         given = Conditions(
             self.spec,
             list(ranks),
@@ -74,7 +82,7 @@ class Run:
             optimizer=job.training.optimizer,
             optimizer_state=job.training.optimizer_state,
             momentum=job.training.momentum,
-            privacy=privacy.unit if privacy else None,
+            privacy=job.privacy.unit if job.privacy else None,
             asynchronous=job.federation.mode == "async",
             compression=agreed(job.compression),
         )
@@ -111,7 +119,6 @@ class Run:
             "eval": self.base_scores(),
             "labels": list(loaded.data.labels),
             "machine": machine(job.run.threads),
-            **({"privacy": self._terms.statement()} if self._terms else {}),
             **facts,
         }
         events = [start]
@@ -124,8 +131,7 @@ class Run:
         state = begin(self.strategy, loaded.initial)
         if self._terms is not None:
             sent = trained_shapes(self.spec, self.method, self.strategy.factors(state))
-            count = sum(int(torch.Size(shape).numel()) for shape in sent.values())
-            if why := self._terms.warning(count):
+            if why := self._terms.warning(sent):
                 events.append({"event": "warning", "round": 0, "why": why})
         files = {"spec.json": encode_json(self.spec.to_json())}
         store = RunStore.create(folder, dump_job(job), job.digest(), state.tensors, record, files)
@@ -174,6 +180,7 @@ class Run:
             log.append(event)
             self.emit(event)
 
+        self.privacy = privacy_record(self._terms, committed.record.get("privacy"))
         if committed.round:
             emit({"event": "resume", "round": committed.round})
         parts = RunParts(
@@ -187,26 +194,16 @@ class Run:
             settings=self._settings(quorum),
             evaluate=evaluate,
             emit=emit,
+            privacy=self.privacy,
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
-        if self._terms is not None:
-            state, self._epsilon = run_private(parts, self._terms, state, until)
-            return state
+        if isinstance(self.privacy, CentralRecord):
+            return run_private(parts, self.privacy, state, until)
         if self.job.federation.mode == "sync":
             return run_rounds(parts, state, until)
         assert asynchronous is not None, "an asynchronous run needs a link that can wait"
         return self._buffered(parts, asynchronous, initial).go(state, committed, until)
-
-    def privacy_note(self) -> str:
-        """What the run promises about its data, as an item of a list in Markdown."""
-        if self._terms is not None:
-            rounds = self.job.federation.rounds
-            return spoken(self._terms.statement(), self._epsilon, rounds)
-        return (
-            "- privacy: no differential privacy. The adapter may reveal training data; treat it "
-            "as\n  confidential as the data themselves."
-        )
 
     def scores(self, examples: list[Example]) -> Scores:
         """Figures of the model as it stands; none without examples."""
@@ -267,6 +264,7 @@ class Run:
                 federation.max_update_norm,
                 federation.max_examples,
                 federation.weighting == "uniform",
+                _demand(job.privacy),
             ),
             compression=agreed(job.compression),
         )
@@ -289,6 +287,12 @@ class Run:
             ),
             load_version,
         )
+
+
+def _demand(privacy: PrivacySection | None) -> Demand | None:
+    if privacy is None or privacy.unit != "record":
+        return None
+    return Demand(privacy.epsilon, privacy.delta, test_noise=privacy.noise == "test")
 
 
 def metrics_log(store: RunStore) -> MetricsLog:

@@ -1,7 +1,7 @@
 """What the rounds of a run work with: settings from the job, and the parts of the run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedlora.adapter import AdapterState
 from fedlora.adapters.base import Basis, Method
@@ -10,6 +10,7 @@ from fedlora.messages import UNCOMPRESSED, Compression, OptimizerState
 from fedlora.server.admission import Limits
 from fedlora.server.journal import Event
 from fedlora.server.link import Link
+from fedlora.server.privacy_record import PrivacyRecord
 from fedlora.strategies.base import Strategy, StrategyState
 
 Evaluate = Callable[[StrategyState, AdapterState], Mapping[str, float]]
@@ -59,6 +60,7 @@ class RunParts:
         sent_basis: the basis again if clients cannot make it themselves; each gets it once.
         evaluate: measures a state and its global adapter; None where the server has no data.
         emit: receives every event of the run.
+        privacy: what was spent of it, up to the last committed round.
     """
 
     run: str
@@ -71,3 +73,4 @@ class RunParts:
     settings: RoundSettings
     evaluate: Evaluate | None
     emit: Callable[[Event], None]
+    privacy: PrivacyRecord = field(default_factory=PrivacyRecord)

@@ -143,7 +143,9 @@ class Federation(Run):
         self.emit(event)
 
     def _work(self, client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> ClientUpdate:
-        return self._simulated.work(client, manifest, fetch, self._state(client))
+        return self._simulated.work(
+            client, manifest, fetch, self._state(client), self._folder / "ledgers"
+        )
 
 
 def _unusable(data: FederatedData) -> dict[str, Any]:

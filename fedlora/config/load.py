@@ -14,6 +14,7 @@ from fedlora.errors import ConfigError, near_miss
 
 Table = TypeVar("Table", bound=Section)
 
+
 def load_job(
     path: Path | None,
     overrides: Sequence[str] = (),
@@ -147,14 +148,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _pop(tree: dict[str, Any], key: str) -> Any:
-    *parents, last = key.split(".")
-    node: Any = tree
-    for name in parents:
-        node = node.get(name) if isinstance(node, dict) else None
-    return node.pop(last, None) if isinstance(node, dict) else None
 
 
 def _unknown_name(tree: dict[str, Any], key: str, names: Collection[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """[privacy]: what a run promises about the data it was trained on."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -47,9 +47,23 @@ class PrivacySection(Section):
     per_sample: Literal["auto", "bookkeeping", "hooks"] = "auto"
     """How gradients of single examples are made: from the products that the backward pass
     computes anyway, or by Opacus' hooks. "auto" takes the first where it applies."""
+    metrics_noise: Above0 = 30.0
+    """metrics = "noisy": standard deviation of the noise in units of one example's share."""
     metrics: Literal["none", "noisy"] = "none"
     """What clients say of their own loss: nothing, or a noisy mean over their validation
     examples, which is paid for out of the same budget."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_seed(cls, tree: Any) -> Any:
+        if isinstance(tree, dict):
+            for key in ("seed", "noise_seed"):
+                if key in tree:
+                    raise ValueError(
+                        f"privacy.{key}: the noise has no seed, because whoever knew it could take "
+                        "the noise away; remove it (privacy.noise is one of os, secure, test)"
+                    )
+        return tree
 
     @model_validator(mode="after")
     def _fits_together(self) -> "PrivacySection":

@@ -95,12 +95,21 @@ def epsilon(events: Iterable[Event], delta: float, accountant: Accountant = "rdp
     )
 
 
-def merged(events: Iterable[Event]) -> list[Event]:
-    """One event for each rate and noise that occurs, in a canonical order, of kind "all"."""
-    total: Counter[tuple[float, float]] = Counter()
+def merged(events: Iterable[Event], *, kinds: bool = False) -> list[Event]:
+    """One event for each rate and noise that occurs, in a canonical order, of kind "all".
+
+    Args:
+        events: in any order.
+        kinds: keep events of different kinds apart.
+    """
+    total: Counter[tuple[float, float, str]] = Counter()
     for event in events:
-        total[event.rate, event.noise] += event.steps
-    return [Event(*pair, steps, "all") for pair, steps in sorted(total.items()) if steps]
+        total[event.rate, event.noise, event.kind if kinds else "all"] += event.steps
+    return [
+        Event(rate, noise, steps, kind)
+        for (rate, noise, kind), steps in sorted(total.items())
+        if steps
+    ]
 
 
 def noise_for(

@@ -1,14 +1,14 @@
 """Terms of a run that is private to whole clients: who is enrolled, how much noise, why not."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedlora.config.privacy import PrivacySection
 from fedlora.errors import ConfigError
-from fedlora.privacy.accounting import Event, check_delta, default_delta, noise_for
-from fedlora.privacy.central import AdaptiveClip, CentralGaussian
+from fedlora.privacy.accounting import Accountant, Event, check_delta, default_delta, noise_for
+from fedlora.privacy.central import AdaptiveClip, CentralGaussian, Shapes
 from fedlora.privacy.noise import NoiseMode, NoiseSource, noise_source
 from fedlora.strategies.base import Conditions, Strategy
 from fedlora.strategies.wrappers import Wrapper
@@ -16,6 +16,9 @@ from fedlora.strategies.wrappers import Wrapper
 Sampling = Literal["poisson", "fixed"]
 # below it, noise that protects a client drowns what clients have in common
 FEW_CLIENTS = 300
+
+# what is reported; the gate of the ledger is the looser "rdp"
+ACCOUNTANT: Accountant = "prv"
 
 NOT_COVERED = (
     "the server and whoever reads its memory, its logs or its run folder's spool",
@@ -100,34 +103,32 @@ class Terms:
             AdaptiveClip() if self.adaptive else None,
         )
 
-    def statement(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The terms for the record of a run, with what they do not cover."""
         return {
             "unit": "client",
-            "private": self.private,
             "adjacency": self.adjacency,
             "trusted": "the server",
-            "epsilon_budget": self.epsilon,
             "delta": self.delta,
-            "noise_multiplier": self.noise_multiplier,
-            "clip": self.clip,
-            "adaptive_clip": self.adaptive,
+            "accountant": ACCOUNTANT,
             "population": self.population,
             "clients_per_round": self.per_round,
             "sampling": self.sampling,
-            "rounds": self.rounds,
+            "adaptive_clip": self.adaptive,
             "noise": self.noise,
+            "private": self.private,
             "not_covered": list(NOT_COVERED),
         }
 
-    def warning(self, num_sent: int) -> str:
+    def warning(self, sent: Shapes) -> str:
         """What a run with few clients must expect, in figures; empty with enough clients.
 
         Args:
-            num_sent: numbers that one client sends.
+            sent: name and shape of every tensor that one client sends.
         """
         if self.population >= FEW_CLIENTS:
             return ""
+        num_sent = sum(math.prod(shape) for shape in sent.values())
         std = self.mechanism(_no_source).sum_multiplier / self.per_round
         return (
             f'privacy.unit = "client" with {self.population} clients: noise of {std:.3g} x clip '
@@ -213,33 +214,6 @@ def check_client_level(strategy: Strategy, given: Conditions) -> None:
                 '"client" only their noisy mean leaves the mechanism (which clips every update '
                 "itself, to privacy.clip_norm); leave it out of federation.wrappers"
             )
-
-
-def spoken(facts: Mapping[str, Any], epsilon: float | None, rounds: int) -> str:
-    """What a reader must know of a run's privacy, in Markdown, as one item of a list.
-
-    Args:
-        facts: `Terms.statement`.
-        epsilon: spent; None where nothing is promised.
-        rounds: that were committed.
-    """
-    means = (
-        f"{rounds} rounds; {facts['clients_per_round']} of {facts['population']} clients in each "
-        f"({facts['sampling']} sampling); each client's update clipped to L2 norm "
-        f"{facts['clip']:g}{' at first, then adaptively' if facts['adaptive_clip'] else ''}; "
-        f"Gaussian noise, multiplier {facts['noise_multiplier']:g}, source {facts['noise']}"
-    )
-    if not facts["private"] or epsilon is None:
-        return (
-            "- privacy: NOT PRIVATE. Noise was drawn from the run's seed, for a test, and can be "
-            f"subtracted. Otherwise: {means}."
-        )
-    return (
-        f"- privacy: client-level differential privacy, epsilon = {epsilon:.3g} at delta = "
-        f"{facts['delta']:.3g} (accountant prv), adjacency: {facts['adjacency']}.\n"
-        f"  {means}.\n"
-        "  Trusted: the server. Not covered: " + "; ".join(facts["not_covered"]) + "."
-    )
 
 
 def _wrappers(strategy: Strategy) -> Sequence[Wrapper]:

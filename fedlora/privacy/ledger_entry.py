@@ -125,18 +125,27 @@ def encode_line(tree: Mapping[str, Any]) -> bytes:
     return b"%s\t%08x\n" % (text, zlib.crc32(text))
 
 
-def decode_line(line: bytes) -> dict[str, Any]:
-    """What `encode_line` was given.
+def checked(line: bytes) -> bytes:
+    """The text of a line that has its checksum.
 
     Raises:
         ValueError: it is no whole line, or not as it was written.
     """
     text, tab, check = line.rpartition(b"\t")
     if not tab or check != b"%08x\n" % zlib.crc32(text):
-        raise ValueError("the line does not have its checksum")
-    tree = json.loads(text)
+        raise ValueError("it does not have its checksum")
+    return text
+
+
+def decode_line(line: bytes) -> dict[str, Any]:
+    """What `encode_line` was given.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    tree = json.loads(checked(line))
     if not isinstance(tree, dict):
-        raise ValueError("the line is no object")
+        raise ValueError("it is no object")
     return tree
 
 
@@ -187,7 +196,7 @@ def decode_entry(line: bytes) -> Entry:
             details=tree["details"],
         )
     except (KeyError, TypeError, IndexError, ConfigError) as e:
-        raise ValueError(f"the line is no entry: {e}") from e
+        raise ValueError(f"it is no entry: {e}") from e
 
 
 def _events_in(rows: Sequence[Any]) -> tuple[Event, ...]:

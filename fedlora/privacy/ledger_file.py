@@ -21,6 +21,7 @@ from fedlora.errors import LedgerError
 from fedlora.privacy.ledger_entry import (
     Entry,
     Header,
+    checked,
     decode_entry,
     decode_header,
     decode_line,
@@ -171,10 +172,10 @@ def read_lines(folder: Path) -> tuple[list[bytes], int | None] | None:
         LedgerError: files are missing, cut off, or not of one another.
     """
     data, head = _content(folder / "ledger"), _content(folder / "head")
-    gone = refusal(folder, "is missing, and its data was already trained on")
+    gone = "is missing, and its data was already trained on"
     if head is None and data is None:
         if known(folder) == "":
-            raise gone
+            raise refusal(folder, gone)
         return None
     if head is None:
         raise refusal(folder, "has no head file, so nobody can tell whether it is complete")
@@ -184,7 +185,7 @@ def read_lines(folder: Path) -> tuple[list[bytes], int | None] | None:
     except (ValueError, KeyError, TypeError) as e:
         raise refusal(folder, f"has a damaged head file: {e}") from e
     if data is None and (number or known(folder) == ""):
-        raise gone
+        raise refusal(folder, gone)
     *whole, tail = (data or b"").split(b"\n")
     lines = [line + b"\n" for line in whole]
     if len(lines) == number + 1 and not tail:
@@ -205,16 +206,17 @@ def fold(folder: Path, lines: list[bytes]) -> LedgerState:
     Raises:
         LedgerError: one is damaged or does not follow from those before it.
     """
-    state: LedgerState | None = None
-    for number, line in enumerate(lines):
-        try:
-            if state is None:
-                state = LedgerState(decode_header(line), [line_hash(line)])
-            else:
-                state.apply(decode_entry(line), line_hash(line))
-        except ValueError as e:
-            raise refusal(folder, f"is damaged in line {number}: {e}") from e
-    assert state is not None
+    number = 0
+    try:
+        # all checksums first: they are cheap, and name the damage where it is
+        for number in range(len(lines)):
+            checked(lines[number])
+        number = 0
+        state = LedgerState(decode_header(lines[0]), [line_hash(lines[0])])
+        for number in range(1, len(lines)):
+            state.apply(decode_entry(lines[number]), line_hash(lines[number]))
+    except ValueError as e:
+        raise refusal(folder, f"is damaged in line {number}: {e}") from e
     return state
 
 

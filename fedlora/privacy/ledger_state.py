@@ -88,12 +88,13 @@ class LedgerState:
 
     def charged(self, run: str | None = None) -> list[Event]:
         """What a run has spent, or all runs together; reservations count in full."""
-        return merged(
+        found = (
             event
             for held in self.reservations.values()
             if run in (None, held.entry.release.run)
             for event in held.events
         )
+        return merged(found, kinds=True)
 
     def runs(self) -> list[str]:
         """Every run, in the order of its first reservation."""

@@ -75,7 +75,8 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "fedlora.cli", *words]
 
 
-@pytest.mark.parametrize("trials", [1, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [1, 25])
 def test_the_command_line_resumes_a_killed_simulation(tmp_path, trials):
     """The whole program: fedlora simulate, kill -9, fedlora resume, until it is done."""
     job = tmp_path / "job.toml"

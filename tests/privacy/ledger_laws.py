@@ -93,6 +93,10 @@ def different_noise_adds_up_as_a_list(folder, kind):
             ledger.reserve(release(number), [STEP, quiet])
             ledger.spend(release(number), [STEP, quiet], b"x")
         assert ledger.epsilon() == cost(STEP, quiet, STEP, quiet)
+        assert {event.kind: event.steps for event in ledger.charged("r")} == {
+            "train": 2 * STEP.steps,
+            "metric": 2 * quiet.steps,
+        }
 
 
 @law

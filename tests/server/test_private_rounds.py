@@ -12,6 +12,7 @@ from fedlora.errors import BudgetExhausted, LedgerError, QuorumFailed, StorageEr
 from fedlora.privacy.accounting import Event, epsilon, noise_for
 from fedlora.privacy.client_level import Terms
 from fedlora.privacy.ledger_file import set_aside
+from fedlora.server.central_record import CentralRecord
 from fedlora.server.client_privacy import run_private
 from fedlora.server.private_rounds import Given
 from fedlora.server.rounds import resume_state
@@ -43,10 +44,11 @@ class Private(toy.Run):
         self.terms = terms
 
     def go(self, until=None):
-        parts = self.parts()
+        committed = self.store.load()
+        self.record = CentralRecord(self.terms, committed.record.get("privacy"))
+        parts = replace(self.parts(), privacy=self.record)
         initial = self.strategy.init(random_state(self.spec))
-        state = resume_state(self.store.load(), initial)
-        return run_private(parts, self.terms, state, until)
+        return run_private(parts, self.record, resume_state(committed, initial), until)
 
     @property
     def initial(self):
@@ -75,7 +77,7 @@ def test_the_mean_is_divided_by_the_expected_clients_whoever_answers(tmp_path, s
     run = Private(tmp_path / "run")
     gone = set(toy.NAMES[:silent])
     run.link.twist = lambda reply, plan: [] if plan.client in gone else [reply]
-    state, _ = run.go(1)
+    state = run.go(1)
     sums = dict.fromkeys(run.initial, 0.0)
     for delta in deltas(run, toy.NAMES[silent:]):
         sums = {name: sums[name] + delta[name].double() for name in sums}
@@ -91,7 +93,7 @@ def test_a_client_that_claims_more_examples_counts_no_more(tmp_path):
         run.link.change = lambda update, n=claimed: replace(
             update, num_examples=n if update.client == "ann" else 1.0
         )
-        states.append(run.go(1)[0])
+        states.append(run.go(1))
     for name in run.initial:
         assert torch.equal(states[0].tensors[name], states[1].tensors[name])
 
@@ -111,10 +113,10 @@ def test_one_client_moves_the_mean_by_its_clip_norm_over_the_expected_clients(tm
             if update.client == "ann"
             else update
         )
-        states.append(run.go(1)[0])
+        states.append(run.go(1))
     quiet = Private(tmp_path / "quiet", replace(TERMS, clip=0.25))
     quiet.link.twist = lambda reply, plan: [] if plan.client == "ann" else [reply]
-    without = moved(quiet, quiet.go(1)[0])
+    without = moved(quiet, quiet.go(1))
     for state in states:
         difference = moved(run, state)
         square = sum(float(((difference[k] - without[k]) ** 2).sum()) for k in without)
@@ -134,10 +136,10 @@ def test_a_rejected_update_is_a_zero_and_nobody_is_told(tmp_path):
         if update.client == "bob"
         else update
     )
-    state, _ = run.go(1)
+    state = run.go(1)
     absent = Private(tmp_path / "absent")
     absent.link.twist = lambda reply, plan: [] if plan.client == "bob" else [reply]
-    other, _ = absent.go(1)
+    other = absent.go(1)
     for name in state.tensors:
         assert torch.equal(state.tensors[name], other.tensors[name])
     told = json.dumps([run.events, run.store.record(1)])
@@ -151,7 +153,7 @@ def test_a_rejected_update_is_a_zero_and_nobody_is_told(tmp_path):
 def test_a_round_without_clients_commits_noise(tmp_path):
     terms = replace(TERMS, per_round=1, population=10**9, noise_multiplier=2.0)
     run = Private(tmp_path / "run", terms)
-    state, _ = run.go(1)
+    state = run.go(1)
     assert run.link.manifests == []
     change = torch.cat([t.flatten() for t in moved(run, state).values()])
     assert float(change.std()) == pytest.approx(2e3, rel=5 / math.sqrt(2 * len(change)))
@@ -188,17 +190,19 @@ def test_the_quorum_counts_who_is_connected_before_anybody_is_chosen(tmp_path):
 
 def test_epsilon_of_a_round_is_that_of_all_rounds_so_far(tmp_path):
     run = Private(tmp_path / "run", PRIVATE)
-    _, spent = run.go()
+    run.go()
     for count, event in enumerate(run.rounds(), 1):
         expected = epsilon([Event(0.5, 2.0, count)], 1e-5, "prv")
         assert event["epsilon"] == pytest.approx(expected, abs=1e-12)
-    assert spent == run.rounds()[-1]["epsilon"]
+    assert run.record.summary()["steps"] == 3
+    assert run.record.summary()["epsilon"] == run.rounds()[-1]["epsilon"]
 
 
 def test_noise_from_a_known_seed_never_has_an_epsilon(tmp_path):
     run = Private(tmp_path / "run", replace(PRIVATE, noise="test"))
-    _, spent = run.go()
-    assert spent is None
+    run.go()
+    assert run.record.summary()["private"] is False
+    assert run.record.summary()["epsilon"] is None
     assert [event["epsilon"] for event in run.rounds()] == [None] * 3
 
 
@@ -343,7 +347,7 @@ def test_every_strategy_makes_of_the_mean_what_it_makes_of_equal_clients(tmp_pat
         tmp_path / "plain", strategy, limits=replace(toy.Limits(1e4, 1e7), uniform=True)
     )
     private = Private(tmp_path / "private", strategy=strategy)
-    expected, (found, _) = plain.go(), private.go()
+    expected, found = plain.go(), private.go()
     for name in expected.tensors:
         torch.testing.assert_close(
             found.tensors[name], expected.tensors[name], rtol=1e-3, atol=1e-4
