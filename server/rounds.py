@@ -6,25 +6,32 @@ link's business.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
-
-import torch
+from functools import partial
 
 from fedlora.checkpoint import Committed
 from fedlora.errors import BudgetExhausted, QuorumFailed, SecureAggregationError
-from fedlora.seeds import generator
 from fedlora.server.handout import Handout
 from fedlora.server.link import BUDGET_EXHAUSTED
 from fedlora.server.merge import Received, Stopwatch, merge
-from fedlora.server.run_parts import RoundSettings, RunParts
+from fedlora.server.run_parts import RunParts
 from fedlora.server.secure_round import SecureRound
+from fedlora.server.selection import choose
 from fedlora.server.spool import Spool
-from fedlora.strategies.base import ClientInfo, StrategyState
+from fedlora.strategies.base import StrategyState
 
 
-def run_rounds(run: RunParts, state: StrategyState, until: int | None = None) -> StrategyState:
+def run_rounds(
+    run: RunParts,
+    state: StrategyState,
+    until: int | None = None,
+    one_round: Callable[[StrategyState], StrategyState] | None = None,
+) -> StrategyState:
     """Runs rounds up to `until` (by default all) and returns the last state.
+
+    Args:
+        one_round: does and commits the round after a state, in a way of its own.
 
     Raises:
         QuorumFailed: a round stayed below quorum through all its attempts.
@@ -33,8 +40,9 @@ def run_rounds(run: RunParts, state: StrategyState, until: int | None = None) ->
     """
     rounds = run.settings.rounds
     last = rounds if until is None else min(until, rounds)
+    one_round = one_round or partial(_run_round, run)
     while state.round < last:
-        state = _run_round(run, state)
+        state = one_round(state)
     return state
 
 
@@ -68,7 +76,8 @@ def _collect(handout: Handout, timed: Stopwatch) -> tuple[Received | None, str]:
     run = handout.run
     with timed("broadcast"):
         roster = list(run.link.roster())
-        chosen = _choose(run.settings, roster, handout.round, handout.attempt)
+        wanted, seed = run.settings.clients_per_round, run.settings.seed
+        chosen = choose(roster, wanted, seed, handout.round, handout.attempt)
         tasks, parts = handout.tasks(chosen)
     quorum = run.settings.quorum or math.ceil(2 * len(chosen) / 3)
     if run.secure is not None:
@@ -103,17 +112,6 @@ def _stop_if_exhausted(handout: Handout, shortage: str) -> None:
             f"{spent[0]['client']}: {spent[0]['detail']} The run stands at round "
             f"{handout.round - 1}"
         )
-
-
-def _choose(
-    settings: RoundSettings, roster: Sequence[ClientInfo], number: int, attempt: int
-) -> list[ClientInfo]:
-    wanted = settings.clients_per_round or len(roster)
-    if wanted >= len(roster):
-        return list(roster)
-    stream = generator(settings.seed, "clients", number, attempt)
-    picks = torch.randperm(len(roster), generator=stream)[:wanted].tolist()
-    return [roster[i] for i in sorted(picks)]
 
 
 def _received(handout: Handout) -> Received:

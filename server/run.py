@@ -19,9 +19,12 @@ from fedlora.data.example import Example
 from fedlora.errors import RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
+from fedlora.privacy.client_level import Terms
 from fedlora.privacy.judge import check_private
 from fedlora.server.admission import Demand, Limits
 from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.central_record import CentralRecord, privacy_record
+from fedlora.server.client_privacy import client_terms, run_private
 from fedlora.server.journal import Event
 from fedlora.server.link import AsyncLink, Link, SecureLink
 from fedlora.server.machine import machine
@@ -46,7 +49,7 @@ class Run:
         emit: receives every event, besides metrics.jsonl.
 
     Attributes:
-        privacy: what clients have said of theirs, once `go` was called.
+        privacy: what was spent, by clients or by the server, once `go` was called.
     """
 
     def __init__(self, job: Job, loaded: Loaded, emit: Emit | None = None) -> None:
@@ -60,30 +63,32 @@ class Run:
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
         self.sent_basis = loaded.adapted.basis if derived else {}
+        # made by `check`, which knows how many clients there are
+        self._terms: Terms | None = None
 
     def check(self, ranks: Sequence[int]) -> None:
         """Refuses what the strategy cannot do with clients of these ranks.
 
         Raises:
             ConfigError: with what does not go together.
+            BudgetExhausted: no noise is large enough for the job's privacy budget.
         """
         job = self.job
         check_private(job)
-        check_strategy(
-            self.strategy,
-            Conditions(
-                self.spec,
-                list(ranks),
-                clients_per_round=job.federation.clients_per_round,
-                optimizer=job.training.optimizer,
-                optimizer_state=job.training.optimizer_state,
-                momentum=job.training.momentum,
-                privacy=job.privacy.unit if job.privacy else None,
-                asynchronous=job.federation.mode == "async",
-                compression=agreed(job.compression),
-                secure=job.federation.secure_aggregation,
-            ),
+        given = Conditions(
+            self.spec,
+            list(ranks),
+            clients_per_round=job.federation.clients_per_round,
+            optimizer=job.training.optimizer,
+            optimizer_state=job.training.optimizer_state,
+            momentum=job.training.momentum,
+            privacy=job.privacy.unit if job.privacy else None,
+            asynchronous=job.federation.mode == "async",
+            compression=agreed(job.compression),
+            secure=job.federation.secure_aggregation,
         )
+        check_strategy(self.strategy, given)
+        self._terms = client_terms(job, self.strategy, given)
 
     def create(self, folder: Path, facts: Mapping[str, Any], run_id: str | None = None) -> RunStore:
         """Creates the run folder with round 0 and reports the start.
@@ -117,17 +122,23 @@ class Run:
             "machine": machine(job.run.threads),
             **facts,
         }
+        events = [start]
         record = {
             "run": run_id or secrets.token_hex(8),
             "spec_digest": self.spec.digest(),
             "extra": {},
-            "events": [start],
+            "events": events,
         }
         state = begin(self.strategy, loaded.initial)
+        if self._terms is not None:
+            sent = trained_shapes(self.spec, self.method, self.strategy.factors(state))
+            if why := self._terms.warning(sent):
+                events.append({"event": "warning", "round": 0, "why": why})
         files = {"spec.json": encode_json(self.spec.to_json())}
         store = RunStore.create(folder, dump_job(job), job.digest(), state.tensors, record, files)
-        metrics_log(store).append(start)
-        self.emit(start)
+        for event in events:
+            metrics_log(store).append(event)
+            self.emit(event)
         return store
 
     def go(
@@ -153,6 +164,7 @@ class Run:
 
         Raises:
             RunFailed: the run stopped early; see `run_rounds`.
+            BudgetExhausted: the privacy budget is spent; committed rounds stand.
             RunFolderError: the folder belongs to another base model or adapter.
         """
         committed = store.load()
@@ -171,7 +183,7 @@ class Run:
             log.append(event)
             self.emit(event)
 
-        self.privacy = PrivacyRecord(committed.record.get("privacy"))
+        self.privacy = privacy_record(self._terms, committed.record.get("privacy"))
         if committed.round:
             emit({"event": "resume", "round": committed.round})
         parts = RunParts(
@@ -191,6 +203,8 @@ class Run:
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
+        if isinstance(self.privacy, CentralRecord):
+            return run_private(parts, self.privacy, state, until)
         if self.job.federation.mode == "sync":
             return run_rounds(parts, state, until)
         assert asynchronous is not None, "an asynchronous run needs a link that can wait"

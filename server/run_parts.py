@@ -64,7 +64,7 @@ class RunParts:
         sent_basis: the basis again if clients cannot make it themselves; each gets it once.
         evaluate: measures a state and its global adapter; None where the server has no data.
         emit: receives every event of the run.
-        privacy: what clients have said of it, up to the last committed round.
+        privacy: what was spent of it, up to the last committed round.
     """
 
     run: str

@@ -88,7 +88,7 @@ class LiveView:
             self._done = self._first = event["round"]
             self._began = time.monotonic()
             self._say(f"continuing after round {event['round']}")
-        elif kind in ("fallback", "machine"):
+        elif kind in ("fallback", "machine", "warning"):
             self._say(f"warning: {event['why']}", keep=True)
         elif kind == "waiting":
             here = ", ".join(event["clients"]) or "nobody"
@@ -164,12 +164,13 @@ class LiveView:
         metric = headline(self.job.model.task, event["eval"])
         error = event["aggregation_error"]
         loss = event["train_loss"]
+        # who took part in a round that is private to clients is not told, nor how many
+        hidden = event["rejected"] is None
         cells = (
             f"{event['round']}/{self.job.federation.rounds}",
             "-" if loss is None else f"{loss:.4f}",
             metric.format(event["eval"].get(metric.key)),
-            str(len(event["clients"])),
-            str(event["rejected"]),
+            *(("-", "-") if hidden else (str(len(event["clients"])), str(event["rejected"]))),
             _megabytes(event["bytes_up"]),
             _megabytes(event["bytes_down"]),
             "-" if error is None else f"{error:.1e}",
