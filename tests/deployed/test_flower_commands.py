@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.client.own_worker import own_worker
-from fedlora.client.worker_call import WorkerCall
 from tests.deployed.federation import call, digests, free_port, write_job
 
 pytestmark = pytest.mark.slow
@@ -84,14 +82,9 @@ class Flower:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        # `flwr run` starts a SuperLink of its own for a simulation, and leaves it
-        for pid in running_with(str(self.folder / "flwr")):
+        # workers outlive the nodes that start them, and so does the SuperLink of a simulation
+        for pid in running_with(str(self.folder)):
             os.kill(pid, signal.SIGTERM)
-        for node in (self.folder / "home" / "nodes").glob("*"):
-            number, _, place = node.name.rpartition("-")
-            worker = own_worker(int(number), "", int(place))
-            with WorkerCall(worker.socket, 30.0) as worker_call:
-                os.kill(worker_call.status(30.0).pid, signal.SIGTERM)
 
 
 def running_with(word):
@@ -115,8 +108,7 @@ def until(what, holds, flower):
 
 
 @pytest.fixture
-def flower(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDLORA_HOME", str(tmp_path / "home"))
+def flower(tmp_path):
     with Flower(tmp_path) as made:
         yield made
 
