@@ -19,6 +19,7 @@
     ├── WorkRefused          one client's work that its worker does not do         exit 2
     ├── LedgerError          privacy ledger missing, damaged or another's          exit 2
     ├── BudgetExhausted      a release that the privacy budget does not cover      exit 4
+    ├── SecureAggregationError  a secure sum that must not go on; tried again      exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -172,6 +173,19 @@ class BudgetExhausted(FedloraError):
         self.budget = budget
         self.spent = spent
         self.asked = asked
+
+
+class SecureAggregationError(FedloraError):
+    """A message of secure aggregation that is refused, or a sum that cannot be taken.
+
+    Args:
+        detail: what was found and what was expected.
+        client: whose fault it is; empty when it is nobody's, or the server's.
+    """
+
+    def __init__(self, detail: str, client: str = "") -> None:
+        super().__init__(detail)
+        self.client = client
 
 
 class RunFailed(FedloraError):

@@ -182,15 +182,7 @@ class Handout:
             limits = self.run.settings.limits
             update = admit(reply.manifest, reply.payload, self.expected[reply.client], limits)
         except UpdateRejected as e:
-            self.rejected.append(
-                {
-                    "event": "rejected",
-                    "round": self.round,
-                    "client": e.client,
-                    "code": e.code,
-                    "detail": e.detail,
-                }
-            )
+            self.reject(e)
             return False
         # a packed or coded reply is kept at full rank in float32, so that all are read alike
         dense = reply.payload
@@ -202,6 +194,18 @@ class Handout:
         empty = AdapterState(update.delta.spec, {})
         self.updates[reply.client] = replace(update, delta=empty, control={})
         return True
+
+    def reject(self, why: UpdateRejected) -> None:
+        """Notes that a client's part in the round was refused."""
+        self.rejected.append(
+            {
+                "event": "rejected",
+                "round": self.round,
+                "client": why.client,
+                "code": why.code,
+                "detail": why.detail,
+            }
+        )
 
     def read(self, client: str) -> ClientUpdate:
         """The admitted update of a client; its tensors are read when they are asked for."""

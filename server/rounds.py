@@ -11,11 +11,12 @@ from dataclasses import replace
 from functools import partial
 
 from fedlora.checkpoint import Committed
-from fedlora.errors import BudgetExhausted, QuorumFailed
+from fedlora.errors import BudgetExhausted, QuorumFailed, SecureAggregationError
 from fedlora.server.handout import Handout
 from fedlora.server.link import BUDGET_EXHAUSTED
 from fedlora.server.merge import Received, Stopwatch, merge
 from fedlora.server.run_parts import RunParts
+from fedlora.server.secure_round import SecureRound
 from fedlora.server.selection import choose
 from fedlora.server.spool import Spool
 from fedlora.strategies.base import StrategyState
@@ -53,8 +54,9 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
         timed = Stopwatch()
         try:
             handout = Handout(run, state, count, spool)
-            if not (shortage := _collect(handout, timed)):
-                return merge(run, state, _received(handout), timed)
+            received, shortage = _collect(handout, timed)
+            if received is not None:
+                return merge(run, state, received, timed)
             for line in handout.rejected:
                 run.emit(line)
             event = {"event": "abandoned", "round": number, "attempt": count, "why": shortage}
@@ -69,27 +71,33 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
     )
 
 
-def _collect(handout: Handout, timed: Stopwatch) -> str:
-    """Hands out work and admits what comes back; says what is missing for a quorum."""
+def _collect(handout: Handout, timed: Stopwatch) -> tuple[Received | None, str]:
+    """Hands out work and admits what comes back, or says what is missing for a quorum."""
     run = handout.run
     with timed("broadcast"):
         roster = list(run.link.roster())
         wanted, seed = run.settings.clients_per_round, run.settings.seed
         chosen = choose(roster, wanted, seed, handout.round, handout.attempt)
         tasks, parts = handout.tasks(chosen)
+    quorum = run.settings.quorum or math.ceil(2 * len(chosen) / 3)
+    if run.secure is not None:
+        with timed("clients"):
+            try:
+                return SecureRound(handout, run.secure, quorum).gather(tasks, parts), ""
+            except SecureAggregationError as e:
+                return None, str(e)
     with timed("clients"):
         for reply in run.link.exchange(tasks, parts, run.settings.deadline_s):
             handout.admit(reply)
     # in whatever order replies came, the record of the round is the same
     handout.rejected.sort(key=lambda event: str(event["client"]))
-    quorum = run.settings.quorum or math.ceil(2 * len(chosen) / 3)
     if len(handout.updates) >= max(1, quorum):
-        return ""
+        return _received(handout), ""
     why = ""
     if handout.rejected:
         first = handout.rejected[0]
         why = f", {len(handout.rejected)} rejected ({first['client']}: {first['detail'][:200]})"
-    return (
+    return None, (
         f"{len(handout.updates)} of {len(chosen)} clients gave a usable update{why}; "
         f"the quorum is {quorum}"
     )

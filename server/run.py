@@ -26,7 +26,7 @@ from fedlora.server.buffered import BufferedRounds, BufferSettings
 from fedlora.server.central_record import CentralRecord, privacy_record
 from fedlora.server.client_privacy import client_terms, run_private
 from fedlora.server.journal import Event
-from fedlora.server.link import AsyncLink, Link
+from fedlora.server.link import AsyncLink, Link, SecureLink
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
 from fedlora.server.privacy_record import PrivacyRecord
@@ -85,6 +85,7 @@ class Run:
             privacy=job.privacy.unit if job.privacy else None,
             asynchronous=job.federation.mode == "async",
             compression=agreed(job.compression),
+            secure=job.federation.secure_aggregation,
         )
         check_strategy(self.strategy, given)
         self._terms = client_terms(job, self.strategy, given)
@@ -147,6 +148,7 @@ class Run:
         *,
         evaluate: Evaluate | None,
         asynchronous: AsyncLink | None = None,
+        secure: SecureLink | None = None,
         quorum: int | None = None,
         until: int | None = None,
     ) -> StrategyState:
@@ -157,6 +159,7 @@ class Run:
             link: the clients.
             evaluate: measures a state; None where there is nothing to measure on.
             asynchronous: the clients again, for federation.mode = "async".
+            secure: the clients again, for federation.secure_aggregation = true.
             quorum: fewest updates of a round; by default what the job says.
 
         Raises:
@@ -195,6 +198,8 @@ class Run:
             evaluate=evaluate,
             emit=emit,
             privacy=self.privacy,
+            secure=secure,
+            job_sha256=self.job.digest(),
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
@@ -267,6 +272,7 @@ class Run:
                 _demand(job.privacy),
             ),
             compression=agreed(job.compression),
+            secure_bits=federation.secure_bits,
         )
 
     def _buffered(self, parts: RunParts, link: AsyncLink, initial: StrategyState) -> BufferedRounds:

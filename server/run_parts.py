@@ -9,7 +9,7 @@ from fedlora.checkpoint import RunStore
 from fedlora.messages import UNCOMPRESSED, Compression, OptimizerState
 from fedlora.server.admission import Limits
 from fedlora.server.journal import Event
-from fedlora.server.link import Link
+from fedlora.server.link import Link, SecureLink
 from fedlora.server.privacy_record import PrivacyRecord
 from fedlora.strategies.base import Strategy, StrategyState
 
@@ -30,6 +30,7 @@ class RoundSettings:
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
         compression: how tensors travel.
+        secure_bits: size of masked integers; with `RunParts.secure` alone.
     """
 
     seed: int
@@ -45,6 +46,7 @@ class RoundSettings:
     keep_every: int
     limits: Limits
     compression: Compression = UNCOMPRESSED
+    secure_bits: int = 64
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class RunParts:
         run: lineage id of the run.
         store: where rounds are committed.
         link: the clients.
+        job_sha256: digest of the job, to which secure sums are bound.
+        secure: the clients again, for secure aggregation; None when updates come as they are.
         strategy: how updates are merged.
         method, basis: of the adapter.
         sent_basis: the basis again if clients cannot make it themselves; each gets it once.
@@ -74,3 +78,5 @@ class RunParts:
     evaluate: Evaluate | None
     emit: Callable[[Event], None]
     privacy: PrivacyRecord = field(default_factory=PrivacyRecord)
+    secure: SecureLink | None = None
+    job_sha256: str = ""

@@ -108,13 +108,20 @@ class Answer:
     code: str = "CLIENT_ERROR"
 
 
-def answer(work: Work, scenario: Scenario, task: Task, part: Callable[[str], bytes]) -> Answer:
+def answer(
+    work: Work,
+    scenario: Scenario,
+    task: Task,
+    part: Callable[[str], bytes],
+    encode: Callable[[ClientUpdate], tuple[bytes, bytes]] = encode_update,
+) -> Answer:
     """Does a task as its client would, hostile ones included.
 
     Args:
         work: does the honest part.
         scenario: tampers with the update.
         part: digest -> bytes of a part on offer.
+        encode: update -> (manifest, payload) as they are sent.
 
     Raises:
         StorageError: the client could not keep its state; no other client could.
@@ -128,6 +135,7 @@ def answer(work: Work, scenario: Scenario, task: Task, part: Callable[[str], byt
 
     try:
         update = work(task.client, task.manifest, fetch)
+        manifest, payload = encode(scenario.tamper(update))
     except (StorageError, LedgerError):
         raise
     except BudgetExhausted as e:
@@ -137,5 +145,4 @@ def answer(work: Work, scenario: Scenario, task: Task, part: Callable[[str], byt
     except Exception as e:  # memory that ran out, say; it must not end the round of the others
         why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         return Answer(b"", b"", frozenset(fetched), why)
-    manifest, payload = encode_update(scenario.tamper(update))
     return Answer(manifest, payload, frozenset(fetched))

@@ -187,39 +187,40 @@ def _round_number(place: int) -> float:
 def _rdp_epsilon(events: Sequence[Event], delta: float) -> float:
     if not events:
         return 0.0
-    curves = [(event.steps, _rdp_curve(event.rate, event.noise)) for event in events]
-    best = math.inf
-    for index, order in enumerate(ORDERS):
-        spent = math.fsum(steps * curve[index] for steps, curve in curves)
-        slack = math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
-        best = min(best, spent + slack)
-    return max(best, 0.0)
+
+    def at(index: int) -> float:
+        order = ORDERS[index]
+        spent = math.fsum(e.steps * _divergence(e.rate, e.noise, order) for e in events)
+        return spent + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+
+    # chords have kinks, and cost little
+    if any(_SERIES_RATE < event.rate < 1.0 for event in events):
+        return max(0.0, min(at(index) for index in range(len(ORDERS))))
+    # every order gives a bound; that of the best is found by halves, because a convex moment
+    # and a constant over order - 1 fall, then rise
+    low, high = 0, len(ORDERS) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle) <= at(middle + 1) else (middle + 1, high)
+    return max(0.0, at(low))
 
 
-@lru_cache(maxsize=4096)
-def _rdp_curve(rate: float, noise: float) -> tuple[float, ...]:
-    """Renyi divergence of one step at every order of ORDERS; infinite where unknown."""
-    gaussian = [order / (2 * noise**2) for order in ORDERS]
+@lru_cache(maxsize=1 << 16)
+def _divergence(rate: float, noise: float, order: float) -> float:
+    """Renyi divergence of one step at an order above 1; infinite where unknown."""
+    gaussian = order / (2 * noise**2)
     if rate == 1.0:
-        return tuple(gaussian)
-    whole = {1: 0.0}  # order -> (order - 1) * divergence
-    found: list[float] = []
-    for order, ceiling in zip(ORDERS, gaussian, strict=True):
-        if float(order).is_integer():
-            moment = _log_moment(rate, noise, int(order))
-        elif rate <= _SERIES_RATE:
-            moment = _log_moment(rate, noise, order)
-        else:
-            # the log moment is convex in the order: a chord lies above it
-            below = math.floor(order)
-            for end in (below, below + 1):
-                if end not in whole:
-                    whole[end] = _log_moment(rate, noise, end)
-            part = order - below
-            moment = (1 - part) * whole[below] + part * whole[below + 1]
-        # sampling only helps, and rounding must not pay anything back
-        found.append(min(max(moment / (order - 1), 0.0), ceiling))
-    return tuple(found)
+        return gaussian
+    if order == int(order) or rate <= _SERIES_RATE:
+        moment = _log_moment(rate, noise, order)
+    else:
+        # the log moment is convex in the order, and 0 at 1: a chord lies above it
+        below = math.floor(order)
+        part = order - below
+        start = below - 1 and (below - 1) * _divergence(rate, noise, below)
+        moment = (1 - part) * start + part * below * _divergence(rate, noise, below + 1)
+    # sampling only helps, and rounding must not pay anything back
+    return min(max(moment / (order - 1), 0.0), gaussian)
 
 
 def _log_moment(rate: float, noise: float, order: float) -> float:

@@ -142,8 +142,9 @@ def _dropout(job: Job) -> Judgement | None:
         return None
     return Judgement(
         f"adapter.dropout = {job.adapter.dropout:g}",
-        "free",
-        "masks come from seeds, not from data",
+        "refused",
+        "masks depend on an example's place in the batch and on the longest example there, so "
+        "that one example would change the gradients of others; set adapter.dropout = 0",
     )
 
 

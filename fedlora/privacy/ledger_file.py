@@ -235,6 +235,13 @@ def known(folder: Path) -> str | None:
     return None if content is None else content.decode("utf-8", "replace").strip()
 
 
+def known_here(ledgers: Path) -> list[str]:
+    """Data sets that have a ledger in this folder of ledgers, or had one that was lost."""
+    markers = _marker(ledgers / "x").parent
+    names = [path.name for path in sorted(markers.glob("*")) if path.is_file()]
+    return [name for name in names if known(ledgers / name) == ""]
+
+
 def set_aside(folder: Path) -> Path | None:
     """Puts a data set's ledger aside, so that the next one begins with nothing spent.
 

@@ -242,8 +242,10 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.hand(ctx.saved_tensors, grads[0])
-        return (grads[0], *(None for _ in range(2 + len(ctx.saved_tensors))))
+        # only once: where activations are recomputed, a second look is an error
+        saved = ctx.saved_tensors
+        ctx.hand(saved, grads[0])
+        return (grads[0], *(None for _ in range(2 + len(saved))))
 
 
 def _tapped(

@@ -135,8 +135,10 @@ def _score_note(run: RunRecord) -> Html:
         )
     if baseline(run.scores, "centralised").get("final"):
         sentences.append("Centralised: one adapter trained on all clients' data together.")
-    if _privacy_summary(run) and run.scores.get("baselines"):
-        sentences.append("Baselines are trained without differential privacy.")
+    summary = _privacy_summary(run)
+    if summary and run.scores.get("baselines"):
+        how = "with the same budget" if summary["unit"] == "record" else "without privacy"
+        sentences.append(f"Baselines are trained {how}.")
     return element("p", " ".join(sentences), css="muted")
 
 

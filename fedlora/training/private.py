@@ -14,9 +14,9 @@ from fedlora.adapters.inject import AdaptedModel
 from fedlora.config.job import TrainingSection
 from fedlora.data.example import Batch, Example, collate
 from fedlora.errors import TrainingError
+from fedlora.privacy.made_up import made_up
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.per_sample import PerSample, per_sample
-from fedlora.seeds import generator
 from fedlora.training.loss import example_losses
 from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
@@ -32,6 +32,11 @@ class PrivateTrainer:
         mechanism: clips, noises and takes batches.
         task: the model's task.
         pad_id: padding token.
+
+    Raises:
+        TrainingError: the adapter has dropout. Its masks depend on an example's place in the
+            batch and on the longest example there, so that one more example would change the
+            gradients of all others.
     """
 
     def __init__(
@@ -43,6 +48,11 @@ class PrivateTrainer:
         task: str,
         pad_id: int,
     ) -> None:
+        if adapted.dropout:
+            raise TrainingError(
+                f"the adapter has dropout {adapted.dropout:g}, whose masks for one example depend "
+                "on the others of its batch; set adapter.dropout = 0 to train with privacy"
+            )
         self.adapted = adapted
         self.examples = examples
         self.mechanism = mechanism
@@ -78,7 +88,7 @@ class PrivateTrainer:
                 if work.progress is not None:
                     work.progress(step, work.steps)
                 batch = self.mechanism.batch()
-                sums = self._sums(batch, listening, work, settings, step)
+                sums = self._sums(batch, listening, settings)
                 released = self.mechanism.released(sums, parameters)
                 before = _copies(parameters) if step == 0 else {}
                 for name, parameter in parameters.items():
@@ -95,18 +105,14 @@ class PrivateTrainer:
         self,
         batch: Sequence[int],
         listening: PerSample,
-        work: LocalWork,
         settings: TrainingSection,
-        step: int,
     ) -> dict[str, Tensor]:
         """The clipped sum over a batch, from micro-batches; nothing for an empty batch."""
         sums: dict[str, Tensor] = {}
         size = settings.batch_size
         todo = [batch[i : i + size] for i in range(0, len(batch), size)]
-        index = 0
         while todo:
             numbers = todo.pop(0)
-            self.adapted.key_dropout(work.dropout_key(step, index))
             try:
                 part = self.clipped(listening, numbers, settings)
             except RuntimeError as e:
@@ -117,7 +123,6 @@ class PrivateTrainer:
                 half = len(numbers) // 2
                 todo[:0] = [numbers[:half], numbers[half:]]
                 continue
-            index += 1
             for name, value in part.items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums
@@ -150,14 +155,12 @@ class PrivateTrainer:
             TrainingError: it does, so that clipping bounds nothing.
         """
         parameters = self.adapted.train_only(factors)
-        one, other = self._made_up(0), self._made_up(1)
+        # of unequal length
+        one, other = (made_up(self.adapted, self.examples[0], i, 6 - 2 * i) for i in (0, 1))
         with (
             training_mode(self.adapted, checkpointing=settings.gradient_checkpointing),
             per_sample(self.mechanism.per_sample, self.adapted.model, parameters) as listening,
         ):
-            for layer in self.adapted.layers.values():
-                # its masks depend on the place in the batch
-                layer.dropout.eval()
             alone = [self._whole(listening, [example]) for example in (one, other)]
             together = self._whole(listening, [one, other])
         for name, found in together.items():
@@ -176,18 +179,6 @@ class PrivateTrainer:
         found = {name: piece.whole().detach().cpu() for name, piece in listening.pieces().items()}
         listening.begin(0)
         return found
-
-    def _made_up(self, number: int) -> Example:
-        """A random example of the kind that is trained on, of another length for each number."""
-        like = self.examples[0]
-        stream = generator(number, "made-up example")
-        if "pixel_values" in like.inputs:
-            pixels = torch.randn(like.inputs["pixel_values"].shape, generator=stream)
-            return Example({"pixel_values": pixels}, torch.zeros_like(like.target))
-        vocabulary = int(self.adapted.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        ids = torch.randint(0, vocabulary, (6 - 2 * number,), generator=stream)
-        target = torch.zeros_like(like.target) if like.target.ndim == 0 else ids.clone()
-        return Example({"input_ids": ids}, target)
 
     def _need_moved(self, before: Mapping[str, Tensor], work: LocalWork) -> None:
         """The model's own parameters have moved, not others that once were its own."""

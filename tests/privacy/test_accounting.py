@@ -17,6 +17,7 @@ from fedlora.errors import BudgetExhausted, ConfigError
 from fedlora.privacy.accounting import (
     ORDERS,
     Event,
+    _divergence,
     check_delta,
     default_delta,
     epsilon,
@@ -139,6 +140,19 @@ def test_neither_order_nor_splitting_matters(events, chance):
 def test_one_more_event_never_spends_less_and_a_smaller_delta_more(events, extra):
     assert epsilon([*events, extra], DELTA) >= epsilon(events, DELTA)
     assert epsilon(events, DELTA / 10) >= epsilon(events, DELTA)
+
+
+@given(st.lists(EVENTS, min_size=1, max_size=3), st.sampled_from((1e-3, 1e-5, 1e-9)))
+@settings(max_examples=40, deadline=None)
+def test_the_best_order_is_found_among_all(events, delta):
+    together = merged(events)
+
+    def at(order):
+        spent = math.fsum(e.steps * _divergence(e.rate, e.noise, order) for e in together)
+        return spent + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+
+    if together:
+        assert epsilon(events, delta) == max(0.0, min(map(at, ORDERS)))
 
 
 def test_nothing_spends_nothing():
