@@ -101,8 +101,6 @@ def _single(job: Job, steps: int, every: int) -> Job:
                 update={"local_steps": steps, "optimizer_state": "keep"}
             ),
             "scenario": ScenarioSection(),
-            # what privacy among clients costs is seen against training without it
-            "privacy": None,
             # one client at a time gains nothing from a pool
             "run": job.run.model_copy(update={"engine": "local"}),
             "evaluation": job.evaluation.model_copy(update={"every": every, "baselines": []}),
