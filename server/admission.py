@@ -12,6 +12,7 @@ import torch
 
 from fedlora.adapter import AdapterSpec, AdapterState
 from fedlora.adapters.slots import packed_shapes, unpack
+from fedlora.config.privacy import PrivacySection
 from fedlora.errors import AdapterError, CodeError, UpdateRejected
 from fedlora.messages import CONTROL, PLAIN, ClientUpdate, Coding, PrivacyStatement
 from fedlora.wire import Shapes, coded_layout, decode_coded, decode_update_manifest, sha256
@@ -77,6 +78,13 @@ class Limits:
     max_examples: float
     uniform: bool = False
     privacy: Demand | None = None
+
+
+def demand_of(privacy: PrivacySection | None) -> Demand | None:
+    """What a job demands that every update says of its privacy."""
+    if privacy is None or privacy.unit != "record":
+        return None
+    return Demand(privacy.epsilon, privacy.delta, test_noise=privacy.noise == "test")
 
 
 def expected_size(shapes: Shapes, coding: Coding = PLAIN) -> int:

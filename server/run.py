@@ -14,14 +14,13 @@ from fedlora.checkpoint import Committed, RunStore
 from fedlora.compress import agreed
 from fedlora.config.job import Job
 from fedlora.config.load import dump_job
-from fedlora.config.privacy import PrivacySection
 from fedlora.data.example import Example
 from fedlora.errors import RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
 from fedlora.privacy.client_level import Terms
 from fedlora.privacy.judge import check_private
-from fedlora.server.admission import Demand, Limits
+from fedlora.server.admission import Limits, demand_of
 from fedlora.server.buffered import BufferedRounds, BufferSettings
 from fedlora.server.central_record import CentralRecord, privacy_record
 from fedlora.server.client_privacy import client_terms, run_private
@@ -270,7 +269,7 @@ class Run:
                 federation.max_update_norm,
                 federation.max_examples,
                 federation.weighting == "uniform",
-                _demand(job.privacy),
+                demand_of(job.privacy),
             ),
             compression=agreed(job.compression),
             secure_bits=federation.secure_bits,
@@ -294,12 +293,6 @@ class Run:
             ),
             load_version,
         )
-
-
-def _demand(privacy: PrivacySection | None) -> Demand | None:
-    if privacy is None or privacy.unit != "record":
-        return None
-    return Demand(privacy.epsilon, privacy.delta, test_noise=privacy.noise == "test")
 
 
 def metrics_log(store: RunStore) -> MetricsLog:
