@@ -124,12 +124,10 @@ class Nodes:
                 f"client {name!r} runs fedlora {version or 'unknown'}, the server {__version__}; "
                 "install the same version on both",
             )
-        elif not 0 < len(name) <= MAX_NAME:
-            self._refuse(
-                node,
-                f"its name has {len(name)} characters; expected 1 to {MAX_NAME}: start it with: "
-                "fedlora client --name NAME",
-            )
+        elif not name:
+            self._refuse(node, "it gave no name; start it with: fedlora client --name NAME")
+        elif len(name) > MAX_NAME:
+            self._refuse(node, f"its name has {len(name)} characters; expected 1 to {MAX_NAME}")
         elif registered and registered != name:
             self._refuse(node, f"it calls itself {name!r}, but its key belongs to {registered!r}")
         else:
