@@ -1,5 +1,6 @@
 """Duty: one client's part of a round as its worker does it, from the order to the update sent."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +11,19 @@ from fedlora.client.order import Order
 from fedlora.client.outbox import Outbox
 from fedlora.client.parts import Parts
 from fedlora.client.policy import Policy
+from fedlora.client.private import SitePrivacy
 from fedlora.client.resident import Resident
+from fedlora.client.runs import Runs
 from fedlora.client.site import site_for
 from fedlora.config.job import Job
+from fedlora.data.federated import ClientData
 from fedlora.errors import (
     AdapterError,
+    BudgetExhausted,
     ConfigError,
     DataError,
     FedloraError,
+    LedgerError,
     ModelError,
     PolicyError,
     TrainingError,
@@ -26,10 +32,14 @@ from fedlora.errors import (
 )
 from fedlora.messages import ClientUpdate
 from fedlora.models.loaded import Loaded
+from fedlora.privacy.judge import check_private
+from fedlora.privacy.ledger import Budget
 from fedlora.training.trainer import Progress
 from fedlora.wire import encode_update
 
 CODES: dict[type[FedloraError], str] = {
+    BudgetExhausted: "BUDGET_EXHAUSTED",
+    LedgerError: "LEDGER",
     PolicyError: "POLICY",
     ConfigError: "JOB",
     ModelError: "BASE",
@@ -39,6 +49,9 @@ CODES: dict[type[FedloraError], str] = {
     TransferError: "TRANSFER",
 }
 
+
+SEE_LOG = "the details are in this client's log"
+log = logging.getLogger(__name__)
 
 # stage, steps done, steps planned
 Say = Callable[[str, int, int], None]
@@ -90,6 +103,7 @@ class Duty:
         self.connect = connect
         self.policy = policy
         self.outbox = Outbox(folder / "outbox")
+        self.runs = Runs(folder / "runs")
 
     def do(self, order: Order, say: Say) -> Answer:
         """Answers an order.
@@ -107,6 +121,10 @@ class Duty:
             raise
         except tuple(CODES) as e:
             code = next(code for kind, code in CODES.items() if isinstance(e, kind))
+            if code == "DATA" and order.job.privacy is not None:
+                log.error("%s", e)
+                # it may quote an example
+                raise WorkRefused(code, f"the data cannot be used; {SEE_LOG}") from e
             raise WorkRefused(code, str(e)) from e
 
     def _do(self, order: Order, say: Say) -> Answer:
@@ -129,7 +147,7 @@ class Duty:
             first_step = first_step or time.monotonic() - started
             say("training", done, planned)
 
-        own = self.folder / "runs" / plan.run
+        own = self.runs.use(plan.run)
         parts = Parts(own / "parts")
         with Courier(order, parts, self.connect, self.policy) as courier:
             kept = self.outbox.find(order.key)
@@ -138,6 +156,8 @@ class Duty:
                 update = self._train(order, here, own, courier, say, progress)
                 parts.prune(set(order.broadcast.parts.values()))
                 kept = self.outbox.keep(order.key, *encode_update(update))
+                if plan.round >= here.federation.rounds:
+                    self.runs.finish(plan.run)
             say("sending", 0, 0)
             payload = courier.send(kept)
             return Answer(
@@ -160,8 +180,22 @@ class Duty:
         _check_base(order, loaded)
         say("fetching", 0, 0)
         data = loaded.data.clients[self.name]
-        site = site_for(job, loaded, self.name, data, own / "clients" / self.name)
+        privacy = self._privacy(job, data)
+        site = site_for(job, loaded, self.name, data, own / "clients" / self.name, privacy)
         return site.work(order.manifest, courier.fetch, progress)
+
+    def _privacy(self, job: Job, data: ClientData) -> SitePrivacy | None:
+        """What is done for the privacy of each example; within the site's own limits."""
+        if job.privacy is None or job.privacy.unit != "record":
+            return None
+        check_private(job)
+        limits = self.policy.privacy
+        site = None
+        if limits.budget_epsilon is not None:
+            site = Budget(limits.budget_epsilon, limits.budget_delta)
+        privacy = SitePrivacy(job, data, self.folder / "privacy", site=site)
+        self.policy.check_noise(privacy.terms.noise_multiplier)
+        return privacy
 
 
 def _check_base(order: Order, loaded: Loaded) -> None:

@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from fedlora.config.job import Job, NonNegative, Positive, Section
+from fedlora.config.job import Job
 from fedlora.config.load import parse_table, read_toml
+from fedlora.config.privacy import PrivacySection
+from fedlora.config.section import NonNegative, Positive, Section
 from fedlora.config.template import render_tables
 from fedlora.errors import PolicyError
 from fedlora.messages import Broadcast, RoundPlan
@@ -102,6 +104,52 @@ class PrivacyPolicy(Section):
     """Largest delta."""
     min_noise: Annotated[float, Field(gt=0.0)] | None = None
     """Smallest noise multiplier."""
+    budget_epsilon: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest epsilon of all runs together on one data set of this site, by its ledger."""
+    budget_delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-6
+    """The delta that goes with it."""
+
+    def misfits(self, asked: PrivacySection | None) -> list[str]:
+        """What a job's [privacy] table lacks."""
+        limits = {
+            key: limit
+            for key in ("unit", "max_epsilon", "max_delta", "min_noise", "budget_epsilon")
+            if (limit := getattr(self, key)) is not None
+        }
+        if asked is None:
+            return [
+                f"the job trains without differential privacy; this site's policy demands "
+                f"privacy.{key} = {limit!r}: such a job cannot run here"
+                for key, limit in limits.items()
+            ]
+        if limits and asked.noise == "test":
+            return [
+                'privacy.noise = "test" is asked, which is not private; this site\'s policy '
+                'demands privacy: ask for "os" or "secure"'
+            ]
+        # a record is the smaller unit, so that only it is protected from the server too
+        problems = []
+        if self.unit is not None and asked.unit != self.unit:
+            problems.append(
+                f"privacy.unit = {asked.unit!r} is asked; this site's policy demands "
+                f"privacy.unit = {self.unit!r}"
+            )
+        for key in ("epsilon", "delta"):
+            limit = limits.get(f"max_{key}")
+            found = getattr(asked, key)
+            if limit is not None and (found is None or found > limit):
+                problems.append(
+                    f"privacy.{key} = {found} is asked; this site's policy permits "
+                    f"privacy.max_{key} = {limit:g}: ask for that or less"
+                )
+        needs_record = ("min_noise", "budget_epsilon")
+        if asked.unit != "record" and any(key in limits for key in needs_record):
+            problems.append(
+                f"privacy.unit = {asked.unit!r} is asked, whose noise the server adds; this "
+                "site's policy bounds noise or a budget of its own, which needs "
+                'privacy.unit = "record"'
+            )
+        return problems
 
 
 # key of the policy -> keys of the job that it bounds
@@ -149,12 +197,20 @@ class Policy(Section):
         for key, asked in LIMITS.items():
             for field in asked:
                 problems += self._above(field, _at(job, field), key)
-        for key, limit in self.privacy.model_dump(exclude_none=True).items():
-            problems.append(
-                f"the job trains without differential privacy; this site's policy demands "
-                f"privacy.{key} = {limit!r}: such a job cannot run here"
+        _refuse([*problems, *self.privacy.misfits(job.privacy)])
+
+    def check_noise(self, noise_multiplier: float) -> None:
+        """Accepts noise of this size in the client's own training.
+
+        Raises:
+            PolicyError: it is less than the site demands.
+        """
+        least = self.privacy.min_noise
+        if least is not None and noise_multiplier < least:
+            raise PolicyError(
+                f"the job gives a noise multiplier of {noise_multiplier:g} here; this site's "
+                f"policy demands privacy.min_noise = {least:g}: ask for a smaller privacy.epsilon"
             )
-        _refuse(problems)
 
     def check_base(self, fingerprint: str) -> None:
         """Accepts a base model with this fingerprint.

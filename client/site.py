@@ -1,12 +1,13 @@
 """Site: one client's part of a round, from the broadcast's bytes to its update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.adapter import (
     AdapterSpec,
@@ -20,6 +21,8 @@ from fedlora.adapters import METHODS
 from fedlora.adapters.inject import AdaptedModel
 from fedlora.adapters.slots import pack, unpack
 from fedlora.client.feedback import add_feedback, followed, still_owed
+from fedlora.client.made import decode_made, encode_made
+from fedlora.client.private import SitePrivacy, release_of
 from fedlora.client.receiving import Fetch, receive
 from fedlora.client.slot_choice import choose_slots, slot_freeze
 from fedlora.client.state import ClientState, Memory
@@ -27,11 +30,17 @@ from fedlora.compress import round_trip
 from fedlora.config.job import Job, TrainingSection
 from fedlora.data.federated import ClientData
 from fedlora.errors import AdapterError
-from fedlora.messages import HEADS, ClientUpdate, RoundPlan, Start
+from fedlora.evaluate import example_figures
+from fedlora.messages import HEADS, Broadcast, ClientUpdate, RoundPlan, Start
 from fedlora.models.loaded import Loaded
+from fedlora.privacy.metrics import noisy_means
+from fedlora.training.private import PrivateTrainer
 from fedlora.training.terms import Correction, ProductProximal, Proximal, TailPenalty, Term
 from fedlora.training.trainer import LocalResult, LocalWork, Progress, train
 from fedlora.wire import decode_broadcast
+
+# models whose examples were seen not to depend on each other
+_ADDITIVE: "WeakSet[nn.Module]" = WeakSet()
 
 
 class Site:
@@ -50,6 +59,7 @@ class Site:
         rounds: rounds of the run, for the learning-rate schedule.
         state: where moments, kept tensors, control variates and what coding took from
             updates live between rounds.
+        privacy: what the client does for the privacy of each of its examples.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class Site:
         seed: int,
         rounds: int,
         state: Memory,
+        privacy: SitePrivacy | None = None,
     ) -> None:
         self.name = name
         self.adapted = adapted
@@ -76,6 +87,7 @@ class Site:
         self.seed = seed
         self.rounds = rounds
         self.state = state
+        self.privacy = privacy
 
     def work(self, manifest: bytes, fetch: Fetch, progress: Progress | None = None) -> ClientUpdate:
         """Trains as the manifest says and returns what changed.
@@ -89,11 +101,41 @@ class Site:
         Raises:
             AdapterError: another spec, base or basis than the server's.
             TrainingError: the loss is not finite.
+            BudgetExhausted: the privacy budget does not allow another round.
+            LedgerError: the privacy ledger cannot be trusted.
         """
         broadcast = decode_broadcast(manifest)
+        if broadcast.plan.client != self.name:
+            raise AdapterError(
+                f"the plan is for client {broadcast.plan.client!r}, this is {self.name!r}"
+            )
+        if self.privacy is None:
+            return self._work(broadcast, fetch, progress)
+        return self._private_work(self.privacy, broadcast, fetch, progress)
+
+    def _private_work(
+        self,
+        privacy: SitePrivacy,
+        broadcast: Broadcast,
+        fetch: Fetch,
+        progress: Progress | None,
+    ) -> ClientUpdate:
         plan = broadcast.plan
-        if plan.client != self.name:
-            raise AdapterError(f"the plan is for client {plan.client!r}, this is {self.name!r}")
+        with privacy.ledger() as ledger:
+            release = release_of(plan, broadcast.start_sha256)
+            made = ledger.cached(release)
+            if made is None:
+                events = privacy.events(plan.local_steps)
+                ledger.reserve(release, events)
+                update = self._work(broadcast, fetch, progress)
+                ledger.spend(release, events, encode_made(update))
+            else:
+                spec = with_rank(self.spec, plan.rank)
+                update = decode_made(made, broadcast, self.name, spec, len(self.data.train))
+            return replace(update, privacy=privacy.statement(ledger, plan.run))
+
+    def _work(self, broadcast: Broadcast, fetch: Fetch, progress: Progress | None) -> ClientUpdate:
+        plan = broadcast.plan
         spec = with_rank(self.spec, plan.rank)
         method = METHODS[spec.method]
         memory = self.state.before(plan.round)
@@ -126,7 +168,11 @@ class Site:
         self._remember(plan, spec, trained, result.moments, {**remembered, **control}, owed)
         if masks is not None:
             delta = pack(delta, spec, plan.sent, masks)
-        metrics = {"num_tokens": float(result.count)}
+        metrics: dict[str, float] = {}
+        if self.privacy is None:
+            metrics["num_tokens"] = float(result.count)
+        else:
+            metrics.update(self._noisy_figures(self.privacy, plan))
         if trial:
             metrics["trial_steps"] = float(trial)
         if result.loss is not None:
@@ -163,26 +209,47 @@ class Site:
         progress: Progress | None,
         moments: Tensors | None = None,
     ) -> LocalResult:
+        work = LocalWork(
+            factors=plan.factors,
+            steps=steps,
+            first_step=(plan.round - 1) * plan.local_steps,
+            total_steps=self.rounds * plan.local_steps,
+            seed=self.seed,
+            client=self.name,
+            round=plan.round,
+            stream=stream,
+            rates=plan.rates,
+            terms=terms,
+            progress=progress,
+        )
+        if self.privacy is not None:
+            mechanism = self.privacy.mechanism(plan)
+            trainer = PrivateTrainer(
+                self.adapted, self.data.train, mechanism, task=self.task, pad_id=self.pad_id
+            )
+            if self.adapted.model not in _ADDITIVE:
+                trainer.check_additive(plan.factors, self.training)
+                _ADDITIVE.add(self.adapted.model)
+            return trainer.train(work, self.training, moments)
         return train(
             self.adapted,
             self.data.train,
-            LocalWork(
-                factors=plan.factors,
-                steps=steps,
-                first_step=(plan.round - 1) * plan.local_steps,
-                total_steps=self.rounds * plan.local_steps,
-                seed=self.seed,
-                client=self.name,
-                round=plan.round,
-                stream=stream,
-                rates=plan.rates,
-                terms=terms,
-                progress=progress,
-            ),
+            work,
             self.training,
             task=self.task,
             pad_id=self.pad_id,
             moments=moments,
+        )
+
+    def _noisy_figures(self, privacy: SitePrivacy, plan: RoundPlan) -> Mapping[str, float]:
+        """What the client may say of its validation under privacy."""
+        if privacy.section.metrics == "none" or not self.data.validation:
+            return {}
+        losses, correct = example_figures(
+            self.adapted.model, self.data.validation, task=self.task, pad_id=self.pad_id
+        )
+        return noisy_means(
+            losses, correct, privacy.section.metrics_noise, privacy.source(plan, "metrics")
         )
 
     def _sent(self, plan: RoundPlan, spec: AdapterSpec) -> list[str]:
@@ -272,18 +339,33 @@ def _group(memory: Tensors, name: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in memory.items() if k.startswith(prefix)}
 
 
-def site_for(job: Job, loaded: Loaded, name: str, data: ClientData, folder: Path) -> Site:
+def site_for(
+    job: Job,
+    loaded: Loaded,
+    name: str,
+    data: ClientData,
+    folder: Path,
+    privacy: SitePrivacy | None = None,
+) -> Site:
     """The client `name` of a job.
 
     Args:
         loaded: the job's model; may be shared with other clients of this process.
         data: the client's examples.
         folder: where it keeps what it needs from round to round; named after the client.
+        privacy: see `Site`.
     """
-    return site_with(job, loaded, name, data, ClientState(folder))
+    return site_with(job, loaded, name, data, ClientState(folder), privacy)
 
 
-def site_with(job: Job, loaded: Loaded, name: str, data: ClientData, state: Memory) -> Site:
+def site_with(
+    job: Job,
+    loaded: Loaded,
+    name: str,
+    data: ClientData,
+    state: Memory,
+    privacy: SitePrivacy | None = None,
+) -> Site:
     """The client `name` of a job, which keeps in `state` what it needs from round to round."""
     return Site(
         name,
@@ -296,4 +378,5 @@ def site_with(job: Job, loaded: Loaded, name: str, data: ClientData, state: Memo
         seed=job.run.seed,
         rounds=job.federation.rounds,
         state=state,
+        privacy=privacy,
     )

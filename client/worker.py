@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from fedlora import __version__
-from fedlora.client.duty import Answer, Duty
+from fedlora.client.duty import SEE_LOG, Answer, Duty
 from fedlora.client.line import Line, LineClosed, LineFull
 from fedlora.client.order import Order, Unreadable, read_order
 from fedlora.errors import WorkRefused
@@ -127,7 +127,10 @@ class Worker(WorkerServicer):
             return _refused(e.code, str(e))
         except Exception as e:  # memory that ran out, say; the next call may well succeed
             log.exception("round %d of run %s failed", plan.round, plan.run)
-            return _refused("FAILED", f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+            # the text of an error may quote an example
+            private = call.order.job.privacy is not None
+            what = (str(e).splitlines() or [""])[0]
+            return _refused("FAILED", f"{type(e).__name__}: {SEE_LOG if private else what}")
 
     def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:  # noqa: N802
         """See worker.proto."""

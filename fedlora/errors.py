@@ -17,6 +17,9 @@
     ├── ClockError           this machine's clock and the server's are apart      exit 2
     ├── PolicyError          the server asks for what the site does not permit    exit 2
     ├── WorkRefused          one client's work that its worker does not do         exit 2
+    ├── LedgerError          privacy ledger missing, damaged or another's          exit 2
+    ├── BudgetExhausted      a release that the privacy budget does not cover      exit 4
+    ├── SecureAggregationError  a secure sum that must not go on; tried again      exit 2
     ├── RunFailed            the run stopped; what was committed stands           exit 3
     │   ├── QuorumFailed     too few updates, also after the retries
     │   ├── StorageError     disk full or unwritable
@@ -26,11 +29,13 @@
 Messages name the object, what was found, what was expected and what to do.
 """
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 EXIT_USAGE = 2
 EXIT_FAILED = 3
+EXIT_BUDGET = 4
 EXIT_INTERRUPTED = 130
 
 
@@ -138,6 +143,49 @@ class WorkRefused(FedloraError):
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
+
+
+class LedgerError(FedloraError):
+    """A privacy ledger that is missing, damaged, rolled back, locked or of other data."""
+
+
+class BudgetExhausted(FedloraError):
+    """A release that would spend more than a privacy budget; nothing was spent on it.
+
+    Args:
+        message: what was asked, what is spent, and of which budget.
+        budget: epsilon that may be spent; these three are NaN where only a client knows.
+        spent: epsilon spent before.
+        asked: epsilon after the release.
+    """
+
+    exit_code = EXIT_BUDGET
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget: float = math.nan,
+        spent: float = math.nan,
+        asked: float = math.nan,
+    ) -> None:
+        super().__init__(message)
+        self.budget = budget
+        self.spent = spent
+        self.asked = asked
+
+
+class SecureAggregationError(FedloraError):
+    """A message of secure aggregation that is refused, or a sum that cannot be taken.
+
+    Args:
+        detail: what was found and what was expected.
+        client: whose fault it is; empty when it is nobody's, or the server's.
+    """
+
+    def __init__(self, detail: str, client: str = "") -> None:
+        super().__init__(detail)
+        self.client = client
 
 
 class RunFailed(FedloraError):

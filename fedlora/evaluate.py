@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fedlora.data.example import Example, collate
-from fedlora.training.loss import loss_sum
+from fedlora.data.example import IGNORE, Example, collate
+from fedlora.training.loss import example_means, loss_sum, predictions
 
 
 def evaluate(
@@ -45,6 +45,26 @@ def evaluate(
         if num_bytes:
             scores["bits_per_byte"] = total / math.log(2.0) / num_bytes
     return scores
+
+
+def example_figures(
+    model: nn.Module, examples: Sequence[Example], *, task: str, pad_id: int, batch_size: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Each example's mean loss in nats and the part of it that the model gets right, both (n,)."""
+    device = next(model.parameters()).device
+    losses, right = [], []
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size], pad_id).to(device)
+            logits, target = predictions(model, batch, task)
+            losses.append(example_means(logits, target, len(batch.target)))
+            hit = (logits.argmax(-1) == target).double().view(len(batch.target), -1)
+            counted = (target != IGNORE).view_as(hit)
+            right.append((hit * counted).sum(1) / counted.sum(1).clamp_min(1))
+    model.train(training)
+    return torch.cat(losses).cpu(), torch.cat(right).cpu()
 
 
 def exact_match(

@@ -102,7 +102,12 @@ def log_context(**fields: object) -> Iterator[None]:
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     """Context and extra fields of a record, fit for JSON, secrets masked; never raises."""
-    extra = {key: value for key, value in vars(record).items() if key not in _PLAIN}
+    # what begins with an underscore was left there by a library (Ray does)
+    extra = {
+        key: value
+        for key, value in vars(record).items()
+        if key not in _PLAIN and not key.startswith("_")
+    }
     both = {**_context.get({}), **extra}
     return {
         f"{key}_" if key in _HEAD else str(key): _masked(str(key), value, 0)

@@ -182,6 +182,35 @@ class Broadcast:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class PrivacyStatement:
+    """What a client says of the privacy of an update, by its own ledger.
+
+    Attributes:
+        unit: of which data one unit more or less can hardly be told: "record".
+        epsilon, delta: spent in this run, this update included; epsilon is None when the noise
+            can be drawn again by others, so that nothing is private.
+        noise_multiplier: standard deviation of the noise in units of `clip`.
+        clip: L2 norm that one unit's share is clipped to.
+        steps: noisy steps in this run so far.
+        accountant: what epsilon was computed by, "prv" or "rdp".
+        noise: source of the noise: "os", "secure" or "test".
+        entry: number of the last entry in the client's ledger.
+        head: digest of that entry, which seals all before it.
+    """
+
+    unit: str
+    epsilon: float | None
+    delta: float
+    noise_multiplier: float
+    clip: float
+    steps: int
+    accountant: str
+    noise: str
+    entry: int
+    head: str
+
+
 class LazyTensors(Mapping[str, Tensor]):
     """Named tensors that are made, or read from disk, each time they are asked for.
 
@@ -225,6 +254,7 @@ class ClientUpdate:
         control: change of the client's control variates, by tensor name.
         slots: per layer of the spec, the trained rank slots as a bit mask; None for all.
         coding: how the tensors are to be coded; those of an admitted update are decoded.
+        privacy: what it reveals of the client's data; None when nothing was done about that.
         start: what the client started from; attached on arrival, never sent.
         weight: its weight in the average, not normalised; attached on arrival.
         products: layer -> (L (d, R), Q (R, k)), attached by wrappers that act on the weight
@@ -242,6 +272,7 @@ class ClientUpdate:
     control: Tensors = field(default_factory=dict)
     slots: tuple[int, ...] | None = None
     coding: Coding = PLAIN
+    privacy: PrivacyStatement | None = None
     start: AdapterState | None = None
     weight: float = 0.0
     products: Callable[[LayerSpec], Pair] | None = None

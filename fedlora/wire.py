@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Any, get_args
 
@@ -32,6 +32,7 @@ from fedlora.messages import (
     ClientUpdate,
     Coding,
     OptimizerState,
+    PrivacyStatement,
     RoundPlan,
     Scheme,
 )
@@ -353,6 +354,19 @@ UPDATE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "num_examples": (int, float),
     "metrics": dict,
     "slots": (list, NoneType),
+    "privacy": (dict, NoneType),
+}
+PRIVACY_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "unit": str,
+    "epsilon": (float, NoneType),
+    "delta": float,
+    "noise_multiplier": float,
+    "clip": float,
+    "steps": int,
+    "accountant": str,
+    "noise": str,
+    "entry": int,
+    "head": str,
 }
 
 
@@ -385,6 +399,7 @@ def encode_update(update: ClientUpdate) -> tuple[bytes, bytes]:
         "num_examples": update.num_examples,
         "metrics": dict(update.metrics),
         "slots": None if update.slots is None else [f"{mask:x}" for mask in update.slots],
+        "privacy": None if update.privacy is None else asdict(update.privacy),
     }
     return encode_json(value), payload
 
@@ -406,7 +421,20 @@ def decode_update_manifest(manifest: bytes) -> dict[str, Any]:
         if not all(isinstance(m, str) and MASK.fullmatch(m) for m in masks):
             raise AdapterError("slots is not a list of hexadecimal bit masks")
         fields["slots"] = tuple(int(mask, 16) for mask in masks)
+    if fields["privacy"] is not None:
+        fields["privacy"] = _statement(fields["privacy"])
     return fields
+
+
+def _statement(value: dict[str, Any]) -> PrivacyStatement:
+    _check_types(value, PRIVACY_FIELDS, "privacy")
+    numbers = [n for n in value.values() if isinstance(n, int | float)]
+    if not all(math.isfinite(n) and n >= 0 for n in numbers):
+        raise AdapterError("privacy holds a number that is negative or not finite")
+    texts = [text for text in value.values() if isinstance(text, str)]
+    if not all(NAME.fullmatch(text) for text in texts):
+        raise AdapterError("privacy holds a text that is no plain name")
+    return PrivacyStatement(**value)
 
 
 def _object(data: bytes, types: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
@@ -427,14 +455,16 @@ def _object(data: bytes, types: Mapping[str, type | tuple[type, ...]]) -> dict[s
     return value
 
 
-def _check_types(value: dict[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+def _check_types(
+    value: dict[str, Any], types: Mapping[str, type | tuple[type, ...]], what: str = "manifest"
+) -> None:
     if value.keys() != types.keys():
         found = str(sorted(value))
-        raise AdapterError(f"manifest has fields {found[:300]}; expected {sorted(types)}")
+        raise AdapterError(f"{what} has fields {found[:300]}; expected {sorted(types)}")
     for key, kind in types.items():
         is_bool = isinstance(value[key], bool)
         if is_bool != (kind is bool) or not isinstance(value[key], kind):
-            raise AdapterError(f"manifest field {key} is a {type(value[key]).__name__}")
+            raise AdapterError(f"{what} field {key} is a {type(value[key]).__name__}")
 
 
 def _int64(text: str) -> int:

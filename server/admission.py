@@ -12,9 +12,12 @@ import torch
 
 from fedlora.adapter import AdapterSpec, AdapterState
 from fedlora.adapters.slots import packed_shapes, unpack
+from fedlora.config.privacy import PrivacySection
 from fedlora.errors import AdapterError, CodeError, UpdateRejected
-from fedlora.messages import CONTROL, PLAIN, ClientUpdate, Coding
+from fedlora.messages import CONTROL, PLAIN, ClientUpdate, Coding, PrivacyStatement
 from fedlora.wire import Shapes, coded_layout, decode_coded, decode_update_manifest, sha256
+
+NOISES = ("os", "secure", "test")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Expectation:
         slots: most rank slots the reply may hold; 0 when all must be there.
         factors: factors that are sent.
         coding: how the tensors are coded.
+        entry: last entry of the client's privacy ledger that is known.
     """
 
     run: str
@@ -41,6 +45,22 @@ class Expectation:
     slots: int = 0
     factors: tuple[str, ...] = ()
     coding: Coding = PLAIN
+    entry: int = 0
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Record-level privacy that a run demands of every update.
+
+    Attributes:
+        epsilon: most that a client may have spent in the run; None leaves it to the client.
+        delta: largest delta; None leaves it to the client.
+        test_noise: noise that others can draw again is taken, for a run that promises nothing.
+    """
+
+    epsilon: float | None = None
+    delta: float | None = None
+    test_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,11 +71,20 @@ class Limits:
         max_update_norm: L2 norm over all tensors of the delta.
         max_examples: examples a client may claim.
         uniform: every admitted update weighs 1, whatever it claims.
+        privacy: what it must say of its privacy; None when nothing is demanded.
     """
 
     max_update_norm: float
     max_examples: float
     uniform: bool = False
+    privacy: Demand | None = None
+
+
+def demand_of(privacy: PrivacySection | None) -> Demand | None:
+    """What a job demands that every update says of its privacy."""
+    if privacy is None or privacy.unit != "record":
+        return None
+    return Demand(privacy.epsilon, privacy.delta, test_noise=privacy.noise == "test")
 
 
 def expected_size(shapes: Shapes, coding: Coding = PLAIN) -> int:
@@ -68,7 +97,7 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
 
     Raises:
         UpdateRejected: with one of the codes MANIFEST, CLIENT, STALE, SPEC, SIZE, DIGEST,
-            SLOTS, HEADER, CODE, NOT_FINITE, NORM, WEIGHT.
+            PRIVACY, SLOTS, HEADER, CODE, NOT_FINITE, NORM, WEIGHT.
     """
     client = expected.client
 
@@ -98,6 +127,8 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
         raise reject("SPEC", "the client trained another adapter (method, rank, layers or basis)")
     if fields["size_bytes"] != len(payload) or fields["sha256"] != sha256(payload):
         raise reject("DIGEST", "payload does not match the digest its manifest names")
+    if why := _not_private(fields["privacy"], limits.privacy, expected.entry):
+        raise reject("PRIVACY", why)
     masks = fields["slots"]
     if why := _misfit(masks, expected):
         raise reject("SLOTS", why)
@@ -143,9 +174,34 @@ def admit(manifest: bytes, payload: bytes, expected: Expectation, limits: Limits
         metrics=fields["metrics"],
         control={k.removeprefix(CONTROL): t for k, t in tensors.items() if k.startswith(CONTROL)},
         slots=masks,
+        privacy=fields["privacy"],
         start=expected.start,
         weight=1.0 if limits.uniform else examples,
     )
+
+
+def _not_private(found: PrivacyStatement | None, demand: Demand | None, known_entry: int) -> str:
+    """Why a privacy statement is not what the run demands; empty when it is."""
+    if demand is None:
+        return ""
+    if found is None:
+        return "the update says nothing of its privacy, which the run demands; update the client"
+    if found.unit != "record":
+        return f"the update is private to one {found.unit}; the run demands one record"
+    if found.noise not in NOISES or (found.epsilon is None) != (found.noise == "test"):
+        return f"epsilon = {found.epsilon} does not go with noise = {found.noise!r}"
+    if found.noise == "test" and not demand.test_noise:
+        return 'the client used noise = "test", which others can draw again; use "os" or "secure"'
+    if found.epsilon is not None and demand.epsilon and found.epsilon > demand.epsilon:
+        return f"epsilon is {found.epsilon:.6g}; the run's budget is {demand.epsilon:g}"
+    if demand.delta is not None and found.delta > demand.delta:
+        return f"delta is {found.delta:g}; the run demands at most {demand.delta:g}"
+    if found.entry < known_entry:
+        return (
+            f"the client's privacy ledger ends with entry {found.entry}, but had reached "
+            f"{known_entry}: it was rolled back; restore it"
+        )
+    return ""
 
 
 def _misfit(masks: tuple[int, ...] | None, expected: Expectation) -> str:

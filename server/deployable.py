@@ -26,6 +26,10 @@ def check_deployable(job: Job) -> None:
         problems.append(
             'federation.mode = "async" runs in a simulation only so far; set it to "sync"'
         )
+    if job.federation.secure_aggregation:
+        problems.append(
+            "federation.secure_aggregation = true runs in a simulation only so far; set it to false"
+        )
     if not job.federation.clients_per_round and not job.partition.clients:
         problems.append(
             "partition.clients = 0: a deployed run must know for how many clients it waits; set "

@@ -52,8 +52,10 @@ def _start(event: Event) -> str:
 
 def _round(event: Event) -> str:
     seconds = sum(event["seconds"].values())
+    # of a round that is private to clients it is not told who took part
+    who = "" if event["rejected"] is None else f"{len(event['clients'])} clients, "
     return (
-        f"round {event['round']} committed: {len(event['clients'])} clients, "
+        f"round {event['round']} committed: {who}"
         f"{event['bytes_up']} bytes up, {event['bytes_down']} bytes down, {seconds:.2f} s"
     )
 
@@ -89,6 +91,7 @@ _KINDS = {
     "rejected": _Kind(logging.WARNING, _rejected, ("code", "detail")),
     "abandoned": _Kind(logging.WARNING, _abandoned, ("attempt", "why")),
     "fallback": _Kind(logging.WARNING, lambda e: str(e["why"])),
+    "warning": _Kind(logging.WARNING, lambda e: str(e["why"])),
     "joined": _Kind(logging.INFO, lambda e: f"client {e['client']} joined", ("node",)),
     "refused": _Kind(
         logging.WARNING, lambda e: f"node {e['node']} refused: {e['why']}", ("node", "why")

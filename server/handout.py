@@ -115,6 +115,7 @@ class Handout:
                 slots=plan.slots,
                 factors=plan.sent,
                 coding=plan.coding,
+                entry=self.run.privacy.entry(client.name),
             )
             most = self.expected[client.name].size_bytes
             tasks.append(Task(client.name, encode_broadcast(broadcast), most))
@@ -173,7 +174,7 @@ class Handout:
             if reply.client not in self.expected:
                 raise UpdateRejected(reply.client, "CLIENT", "was not asked in this round")
             if reply.error:
-                raise UpdateRejected(reply.client, "CLIENT_ERROR", reply.error)
+                raise UpdateRejected(reply.client, reply.code, reply.error)
             if not reply.manifest:
                 return False
             if reply.client in self.updates:
@@ -181,15 +182,7 @@ class Handout:
             limits = self.run.settings.limits
             update = admit(reply.manifest, reply.payload, self.expected[reply.client], limits)
         except UpdateRejected as e:
-            self.rejected.append(
-                {
-                    "event": "rejected",
-                    "round": self.round,
-                    "client": e.client,
-                    "code": e.code,
-                    "detail": e.detail,
-                }
-            )
+            self.reject(e)
             return False
         # a packed or coded reply is kept at full rank in float32, so that all are read alike
         dense = reply.payload
@@ -201,6 +194,18 @@ class Handout:
         empty = AdapterState(update.delta.spec, {})
         self.updates[reply.client] = replace(update, delta=empty, control={})
         return True
+
+    def reject(self, why: UpdateRejected) -> None:
+        """Notes that a client's part in the round was refused."""
+        self.rejected.append(
+            {
+                "event": "rejected",
+                "round": self.round,
+                "client": why.client,
+                "code": why.code,
+                "detail": why.detail,
+            }
+        )
 
     def read(self, client: str) -> ClientUpdate:
         """The admitted update of a client; its tensors are read when they are asked for."""

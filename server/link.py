@@ -6,6 +6,9 @@ from typing import Protocol
 
 from fedlora.strategies.base import ClientInfo
 
+BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
+"""Code of a client that may not take part any more: its privacy budget is spent."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -15,11 +18,13 @@ class Task:
         client: its name.
         manifest: of the broadcast; its parts are on offer by digest.
         max_bytes: the most bytes its reply's payload may have.
+        shares: in secure aggregation, what the other clients have for it.
     """
 
     client: str
     manifest: bytes
     max_bytes: int
+    shares: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Reply:
         seconds: when the reply came, counted from the start of the round (virtual seconds
             in a simulation).
         error: why there is no update, if the client said so.
+        code: kind of that error: "CLIENT_ERROR", or BUDGET_EXHAUSTED.
     """
 
     client: str
@@ -41,6 +47,7 @@ class Reply:
     bytes_down: int
     seconds: float
     error: str = ""
+    code: str = "CLIENT_ERROR"
 
 
 class Link(Protocol):
@@ -59,6 +66,27 @@ class Link(Protocol):
             tasks: one per client.
             parts: SHA-256 -> bytes of every part that the manifests name.
             deadline_s: after so many seconds nothing more is yielded.
+        """
+        ...
+
+
+class SecureLink(Link, Protocol):
+    """A link whose clients take part in secure aggregation.
+
+    A task then has the shares for its client, and the payload of its reply is a masked
+    vector; see `fedlora.privacy.secagg`.
+    """
+
+    def identities(self) -> Mapping[str, bytes]:
+        """Client -> its Ed25519 public key."""
+        ...
+
+    def ask(self, step: str, messages: Mapping[str, bytes]) -> Iterator[Reply]:
+        """Yields the clients' answers to one message for each, as payloads.
+
+        Args:
+            step: "advertise", "share", "sign" or "reveal".
+            messages: client -> message.
         """
         ...
 

@@ -48,6 +48,8 @@ class Received:
         attempt: number of the attempt.
         event: further fields of the round's event.
         record: further fields of the round's record.
+        senders: who sent what, without tensors, when `updates` are sums over several clients;
+            None when each update is its sender's own.
         comparable: all updates started from the present version, so that an aggregation
             error can be measured.
     """
@@ -61,6 +63,7 @@ class Received:
     event: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     comparable: bool = True
+    senders: Sequence[ClientUpdate] | None = None
 
 
 def merge(
@@ -92,23 +95,28 @@ def merge(
         with timed("evaluate"):
             scores = run.evaluate(new, adapter)
     updates = received.updates
+    senders = updates if received.senders is None else received.senders
+    run.privacy.add(senders)
+    privacy = run.privacy.summary()
     event: Event = {
         "event": "round",
         "round": new.round,
         "train_loss": _train_loss(updates),
         # JSON has no NaN or infinity, and a diverged model must not end the run
         "eval": {key: value for key, value in scores.items() if math.isfinite(value)},
-        "clients": [update.client for update in updates],
+        "clients": [sender.client for sender in senders],
         "missing": list(received.missing),
         "rejected": len(received.rejected),
         "bytes_up": received.bytes_up,
         "bytes_down": received.bytes_down,
         "aggregation_error": error if error is not None and math.isfinite(error) else None,
-        "epsilon": None,
+        "epsilon": privacy["epsilon"] if privacy else None,
         "seconds": {stage: round(s, 6) for stage, s in timed.seconds.items()},
         "adapter_sha256": tensors_digest(adapter.tensors),
         **received.event,
     }
+    if privacy:
+        event["privacy"] = privacy
     if notes:
         event["notes"] = notes
     if not settings.compression.plain:
@@ -118,8 +126,9 @@ def merge(
         "run": run.run,
         "attempt": received.attempt,
         "extra": dict(new.extra),
-        "client_metrics": {update.client: dict(update.metrics) for update in updates},
-        "weights": {update.client: update.weight for update in updates},
+        "client_metrics": {sender.client: dict(sender.metrics) for sender in senders},
+        "weights": {sender.client: sender.weight for sender in senders},
+        "privacy": run.privacy.to_json(),
         "events": events,
         **received.record,
     }

@@ -1,5 +1,6 @@
 """What a finished run leaves: the adapter with its card, a summary, the report."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,12 @@ def card(run: Run, adapter: AdapterState, num_clients: int, client: str | None =
             "\nThis is the shared part, with which a new client starts. It is no model by itself: "
             f"the adapters of the clients are in `{PERSONAL}/`.\n"
         )
+    from fedlora.report.privacy_text import privacy_lines
+
+    privacy = "\n".join(
+        textwrap.fill(f"- privacy: {line}", 96, subsequent_indent="  ", break_on_hyphens=False)
+        for line in privacy_lines(run.privacy.summary())
+    )
     return f"""# {job.run.name}
 
 A `{spec.method}` adapter of rank {spec.rank} (alpha {spec.alpha:g}) for `{job.model.name}`,
@@ -94,8 +101,7 @@ task {job.model.task}, trained by {num_clients} clients in
 {whose}
 - adapted layers: {len(spec.layers)}; heads trained in full: {", ".join(spec.heads) or "none"}
 - base model fingerprint: `{spec.base_fingerprint}`
-- privacy: no differential privacy. The adapter may reveal training data; treat it as
-  confidential as the data themselves.
+{privacy}
 
 Load it with `fedlora evaluate` or `fedlora export`.
 """

@@ -18,12 +18,17 @@ from fedlora.data.example import Example
 from fedlora.errors import RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
-from fedlora.server.admission import Limits
+from fedlora.privacy.client_level import Terms
+from fedlora.privacy.judge import check_private
+from fedlora.server.admission import Limits, demand_of
 from fedlora.server.buffered import BufferedRounds, BufferSettings
+from fedlora.server.central_record import CentralRecord, privacy_record
+from fedlora.server.client_privacy import client_terms, run_private
 from fedlora.server.journal import Event
-from fedlora.server.link import AsyncLink, Link
+from fedlora.server.link import AsyncLink, Link, SecureLink
 from fedlora.server.machine import machine
 from fedlora.server.metrics import MetricsLog
+from fedlora.server.privacy_record import PrivacyRecord
 from fedlora.server.rounds import resume_state, run_rounds
 from fedlora.server.run_parts import Evaluate, RoundSettings, RunParts
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
@@ -41,6 +46,9 @@ class Run:
         job: the run's job.
         loaded: model and data of the server.
         emit: receives every event, besides metrics.jsonl.
+
+    Attributes:
+        privacy: what was spent, by clients or by the server, once `go` was called.
     """
 
     def __init__(self, job: Job, loaded: Loaded, emit: Emit | None = None) -> None:
@@ -49,31 +57,37 @@ class Run:
         self.emit = emit or (lambda event: None)
         self.spec: AdapterSpec = loaded.initial.spec
         self.method = METHODS[self.spec.method]
+        self.privacy = PrivacyRecord()
         self.strategy: Strategy = make_strategy(job.federation, self.method)
         derived = self.method.basis_provenance == "derived"
         # what must be sent, for others cannot make it themselves
         self.sent_basis = loaded.adapted.basis if derived else {}
+        # made by `check`, which knows how many clients there are
+        self._terms: Terms | None = None
 
     def check(self, ranks: Sequence[int]) -> None:
         """Refuses what the strategy cannot do with clients of these ranks.
 
         Raises:
             ConfigError: with what does not go together.
+            BudgetExhausted: no noise is large enough for the job's privacy budget.
         """
         job = self.job
-        check_strategy(
-            self.strategy,
-            Conditions(
-                self.spec,
-                list(ranks),
-                clients_per_round=job.federation.clients_per_round,
-                optimizer=job.training.optimizer,
-                optimizer_state=job.training.optimizer_state,
-                momentum=job.training.momentum,
-                asynchronous=job.federation.mode == "async",
-                compression=agreed(job.compression),
-            ),
+        check_private(job)
+        given = Conditions(
+            self.spec,
+            list(ranks),
+            clients_per_round=job.federation.clients_per_round,
+            optimizer=job.training.optimizer,
+            optimizer_state=job.training.optimizer_state,
+            momentum=job.training.momentum,
+            privacy=job.privacy.unit if job.privacy else None,
+            asynchronous=job.federation.mode == "async",
+            compression=agreed(job.compression),
+            secure=job.federation.secure_aggregation,
         )
+        check_strategy(self.strategy, given)
+        self._terms = client_terms(job, self.strategy, given)
 
     def create(self, folder: Path, facts: Mapping[str, Any], run_id: str | None = None) -> RunStore:
         """Creates the run folder with round 0 and reports the start.
@@ -107,17 +121,23 @@ class Run:
             "machine": machine(job.run.threads),
             **facts,
         }
+        events = [start]
         record = {
             "run": run_id or secrets.token_hex(8),
             "spec_digest": self.spec.digest(),
             "extra": {},
-            "events": [start],
+            "events": events,
         }
         state = begin(self.strategy, loaded.initial)
+        if self._terms is not None:
+            sent = trained_shapes(self.spec, self.method, self.strategy.factors(state))
+            if why := self._terms.warning(sent):
+                events.append({"event": "warning", "round": 0, "why": why})
         files = {"spec.json": encode_json(self.spec.to_json())}
         store = RunStore.create(folder, dump_job(job), job.digest(), state.tensors, record, files)
-        metrics_log(store).append(start)
-        self.emit(start)
+        for event in events:
+            metrics_log(store).append(event)
+            self.emit(event)
         return store
 
     def go(
@@ -127,7 +147,8 @@ class Run:
         *,
         evaluate: Evaluate | None,
         asynchronous: AsyncLink | None = None,
-        quorum: int | None = None,
+        secure: SecureLink | None = None,
+        least: int = 1,
         until: int | None = None,
     ) -> StrategyState:
         """Runs from the last committed round to `until` (by default the end).
@@ -137,10 +158,12 @@ class Run:
             link: the clients.
             evaluate: measures a state; None where there is nothing to measure on.
             asynchronous: the clients again, for federation.mode = "async".
-            quorum: fewest updates of a round; by default what the job says.
+            secure: the clients again, for federation.secure_aggregation = true.
+            least: a round needs so many updates, and more where the job says so.
 
         Raises:
             RunFailed: the run stopped early; see `run_rounds`.
+            BudgetExhausted: the privacy budget is spent; committed rounds stand.
             RunFolderError: the folder belongs to another base model or adapter.
         """
         committed = store.load()
@@ -159,6 +182,7 @@ class Run:
             log.append(event)
             self.emit(event)
 
+        self.privacy = privacy_record(self._terms, committed.record.get("privacy"))
         if committed.round:
             emit({"event": "resume", "round": committed.round})
         parts = RunParts(
@@ -169,12 +193,17 @@ class Run:
             method=self.method,
             basis=self.loaded.adapted.basis,
             sent_basis=self.sent_basis,
-            settings=self._settings(quorum),
+            settings=self._settings(least),
             evaluate=evaluate,
             emit=emit,
+            privacy=self.privacy,
+            secure=secure,
+            job_sha256=self.job.digest(),
         )
         initial = begin(self.strategy, self.loaded.initial)
         state = resume_state(committed, initial)
+        if isinstance(self.privacy, CentralRecord):
+            return run_private(parts, self.privacy, state, until)
         if self.job.federation.mode == "sync":
             return run_rounds(parts, state, until)
         assert asynchronous is not None, "an asynchronous run needs a link that can wait"
@@ -217,13 +246,14 @@ class Run:
         self.loaded.adapted.fold(())
         self.loaded.adapted.load(adapter.tensors)
 
-    def _settings(self, quorum: int | None) -> RoundSettings:
+    def _settings(self, least: int) -> RoundSettings:
         job, federation = self.job, self.job.federation
         return RoundSettings(
             seed=job.run.seed,
             rounds=federation.rounds,
             clients_per_round=federation.clients_per_round,
-            quorum=quorum or federation.quorum,
+            quorum=federation.quorum,
+            least=least,
             deadline_s=federation.deadline_s,
             retries=federation.retries,
             local_steps=job.training.local_steps,
@@ -239,8 +269,10 @@ class Run:
                 federation.max_update_norm,
                 federation.max_examples,
                 federation.weighting == "uniform",
+                demand_of(job.privacy),
             ),
             compression=agreed(job.compression),
+            secure_bits=federation.secure_bits,
         )
 
     def _buffered(self, parts: RunParts, link: AsyncLink, initial: StrategyState) -> BufferedRounds:

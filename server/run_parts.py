@@ -1,7 +1,7 @@
 """What the rounds of a run work with: settings from the job, and the parts of the run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedlora.adapter import AdapterState
 from fedlora.adapters.base import Basis, Method
@@ -9,7 +9,8 @@ from fedlora.checkpoint import RunStore
 from fedlora.messages import UNCOMPRESSED, Compression, OptimizerState
 from fedlora.server.admission import Limits
 from fedlora.server.journal import Event
-from fedlora.server.link import Link
+from fedlora.server.link import Link, SecureLink
+from fedlora.server.privacy_record import PrivacyRecord
 from fedlora.strategies.base import Strategy, StrategyState
 
 Evaluate = Callable[[StrategyState, AdapterState], Mapping[str, float]]
@@ -29,6 +30,8 @@ class RoundSettings:
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
         compression: how tensors travel.
+        least: quorum that holds for a None, however few were chosen.
+        secure_bits: size of masked integers; with `RunParts.secure` alone.
     """
 
     seed: int
@@ -44,6 +47,8 @@ class RoundSettings:
     keep_every: int
     limits: Limits
     compression: Compression = UNCOMPRESSED
+    least: int = 1
+    secure_bits: int = 64
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,14 @@ class RunParts:
         run: lineage id of the run.
         store: where rounds are committed.
         link: the clients.
+        job_sha256: digest of the job, to which secure sums are bound.
+        secure: the clients again, for secure aggregation; None when updates come as they are.
         strategy: how updates are merged.
         method, basis: of the adapter.
         sent_basis: the basis again if clients cannot make it themselves; each gets it once.
         evaluate: measures a state and its global adapter; None where the server has no data.
         emit: receives every event of the run.
+        privacy: what was spent of it, up to the last committed round.
     """
 
     run: str
@@ -71,3 +79,6 @@ class RunParts:
     settings: RoundSettings
     evaluate: Evaluate | None
     emit: Callable[[Event], None]
+    privacy: PrivacyRecord = field(default_factory=PrivacyRecord)
+    secure: SecureLink | None = None
+    job_sha256: str = ""

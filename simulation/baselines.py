@@ -85,12 +85,17 @@ def _single(job: Job, steps: int, every: int) -> Job:
             "wrappers": [],
             # there is nobody to wait for, and a buffer of several updates would never fill
             "mode": "sync",
+            # a sum over one client is its update
+            "secure_aggregation": False,
             "clients_per_round": None,
             "quorum": 1,
         }
     )
+    # one client's examples can have their budget alone too; "one client" is no unit of one
+    alone = job.privacy if job.privacy and job.privacy.unit == "record" else None
     return job.model_copy(
         update={
+            "privacy": alone,
             "federation": federation,
             "training": job.training.model_copy(
                 update={"local_steps": steps, "optimizer_state": "keep"}

@@ -3,15 +3,17 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from fedlora.client.private import SitePrivacy
 from fedlora.client.site import site_with
 from fedlora.client.state import Memory
 from fedlora.config.job import Job
 from fedlora.data.federated import ClientData
-from fedlora.errors import FedloraError, StorageError
+from fedlora.errors import BudgetExhausted, ConfigError, FedloraError, LedgerError, StorageError
 from fedlora.messages import ClientUpdate
 from fedlora.models.loaded import Loaded
-from fedlora.server.link import Task
+from fedlora.server.link import BUDGET_EXHAUSTED, Task
 from fedlora.simulation.scenario import Scenario
 from fedlora.wire import encode_update
 
@@ -48,15 +50,44 @@ class SimulatedClients:
             seed=job.run.seed,
             max_update_norm=job.federation.max_update_norm,
         )
+        self._private = job.privacy is not None and job.privacy.unit == "record"
+        if self._private:
+            _check_apart(self.data)
 
     def work(
-        self, client: str, manifest: bytes, fetch: Callable[[str], bytes], state: Memory
+        self,
+        client: str,
+        manifest: bytes,
+        fetch: Callable[[str], bytes],
+        state: Memory,
+        ledgers: Path | None = None,
     ) -> ClientUpdate:
-        """One client's honest part of a round, on poisoned data if it is such a client."""
+        """One client's honest part of a round, on poisoned data if it is such a client.
+
+        Args:
+            ledgers: the folder of all clients' privacy ledgers, which each hold one run.
+        """
         data = self.data[client]
         poisoned = self.scenario.poison(client, data.train, len(self.loaded.data.labels))
         data = dataclasses.replace(data, train=poisoned)
-        return site_with(self.job, self.loaded, client, data, state).work(manifest, fetch)
+        privacy = None
+        if self._private:
+            assert ledgers is not None, "private clients keep ledgers"
+            privacy = SitePrivacy(self.job, data, ledgers / client)
+        return site_with(self.job, self.loaded, client, data, state, privacy).work(manifest, fetch)
+
+
+def _check_apart(clients: Mapping[str, ClientData]) -> None:
+    """Refuses two clients with the same data, whose budgets would not know of each other."""
+    seen: dict[tuple[bytes, ...], str] = {}
+    for name, data in clients.items():
+        records = tuple(sorted(data.records))
+        if records in seen:
+            raise ConfigError(
+                f"clients {seen[records]!r} and {name!r} have the same data, so that each example "
+                "would be spent twice and counted once; give them data of their own"
+            )
+        seen[records] = name
 
 
 @dataclass(frozen=True)
@@ -67,24 +98,34 @@ class Answer:
         manifest, payload: its update as sent; both empty when there is none.
         fetched: digests of the parts it asked for.
         error: why there is no update.
+        code: kind of that error, see `Reply`.
     """
 
     manifest: bytes
     payload: bytes
     fetched: frozenset[str]
     error: str = ""
+    code: str = "CLIENT_ERROR"
 
 
-def answer(work: Work, scenario: Scenario, task: Task, part: Callable[[str], bytes]) -> Answer:
+def answer(
+    work: Work,
+    scenario: Scenario,
+    task: Task,
+    part: Callable[[str], bytes],
+    encode: Callable[[ClientUpdate], tuple[bytes, bytes]] = encode_update,
+) -> Answer:
     """Does a task as its client would, hostile ones included.
 
     Args:
         work: does the honest part.
         scenario: tampers with the update.
         part: digest -> bytes of a part on offer.
+        encode: update -> (manifest, payload) as they are sent.
 
     Raises:
         StorageError: the client could not keep its state; no other client could.
+        LedgerError: the client's privacy ledger cannot be trusted.
     """
     fetched: set[str] = set()
 
@@ -94,12 +135,14 @@ def answer(work: Work, scenario: Scenario, task: Task, part: Callable[[str], byt
 
     try:
         update = work(task.client, task.manifest, fetch)
-    except StorageError:
+        manifest, payload = encode(scenario.tamper(update))
+    except (StorageError, LedgerError):
         raise
+    except BudgetExhausted as e:
+        return Answer(b"", b"", frozenset(fetched), str(e), BUDGET_EXHAUSTED)
     except FedloraError as e:
         return Answer(b"", b"", frozenset(fetched), str(e))
     except Exception as e:  # memory that ran out, say; it must not end the round of the others
         why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         return Answer(b"", b"", frozenset(fetched), why)
-    manifest, payload = encode_update(scenario.tamper(update))
     return Answer(manifest, payload, frozenset(fetched))

@@ -18,12 +18,17 @@ def check_engine(job: Job) -> None:
     """Refuses an engine that is not installed, or that is no simulation.
 
     Raises:
-        ConfigError: run.engine = "ray" without Ray, or "flower".
+        ConfigError: run.engine = "ray" without Ray or with secure aggregation, or "flower".
     """
     if job.run.engine == "flower":
         raise ConfigError(
             'run.engine = "flower" trains with real clients; start it with: fedlora run, or set '
             'run.engine = "local" for a simulation'
+        )
+    if job.run.engine == "ray" and job.federation.secure_aggregation:
+        raise ConfigError(
+            'federation.secure_aggregation = true runs with run.engine = "local" only so far; '
+            "choose that, or set federation.secure_aggregation = false"
         )
     if job.run.engine == "ray" and find_spec("ray") is None:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedlora.adapter import AdapterState
 from fedlora.checkpoint import RunStore
@@ -12,11 +12,13 @@ from fedlora.data.federated import ClientData, FederatedData
 from fedlora.errors import ConfigError
 from fedlora.messages import ClientUpdate
 from fedlora.models.loaded import Loaded
-from fedlora.server.link import Link
+from fedlora.privacy.secagg.session import MAX_CLIENTS, MIN_CLIENTS
+from fedlora.server.link import Link, SecureLink
 from fedlora.server.run import Emit, Run, Scores, metrics_log
 from fedlora.simulation.clients import SimulatedClients
 from fedlora.simulation.engine import check_engine, ray_link
 from fedlora.simulation.local import LocalLink
+from fedlora.simulation.secure_local import SecureLocalLink
 from fedlora.simulation.virtual import VirtualLink
 from fedlora.strategies.base import StrategyState
 
@@ -59,12 +61,18 @@ class Federation(Run):
                 f"federation.buffer = {federation.buffer} is more than the {len(self.clients)} "
                 "clients of the federation; choose at most that"
             )
+        asked = min(federation.clients_per_round or len(self.clients), len(self.clients))
+        if federation.secure_aggregation and not MIN_CLIENTS <= asked <= MAX_CLIENTS:
+            raise ConfigError(
+                f"federation.secure_aggregation = true needs {MIN_CLIENTS} to {MAX_CLIENTS} "
+                f"clients per round; there are {asked}: set federation.clients_per_round"
+            )
         self._folder = Path()
         self._virtual: VirtualLink
         if job.run.engine == "ray":
             self._virtual = ray_link(self._simulated, self._state, progress, self._differs, pool)
         else:
-            self._virtual = LocalLink(self.scenario, self._work, progress)
+            self._virtual = self._local_link(progress)
         self.link: Link = self._virtual
 
     def start(self, folder: Path) -> RunStore:
@@ -98,9 +106,15 @@ class Federation(Run):
         self._folder = store.folder
         self._log = metrics_log(store)
         self._virtual.held.remember(store.folder / "held.json", store.load().round)
+        secure = self.job.federation.secure_aggregation
         try:
             return self.go(
-                store, self.link, evaluate=self._evaluate, asynchronous=self._virtual, until=until
+                store,
+                self.link,
+                evaluate=self._evaluate,
+                asynchronous=self._virtual,
+                secure=cast(SecureLink, self.link) if secure else None,
+                until=until,
             )
         finally:
             self._virtual.close()
@@ -131,6 +145,23 @@ class Federation(Run):
         shared = set.intersection(*(set(scores) for scores in found))
         return {key: sum(s[key] for s in found) / len(found) for key in sorted(shared)}
 
+    def _local_link(self, progress: Callable[[str], None] | None) -> VirtualLink:
+        federation = self.job.federation
+        if not federation.secure_aggregation:
+            return LocalLink(self.scenario, self._work, progress)
+        uniform = federation.weighting == "uniform"
+        weights = {
+            name: 1 if uniform else max(1, len(data.train)) for name, data in self.clients.items()
+        }
+        return SecureLocalLink(
+            self.scenario,
+            self._work,
+            progress,
+            weights=weights,
+            job_sha256=self.job.digest(),
+            seed=self.job.run.seed,
+        )
+
     def _evaluate(self, state: StrategyState, adapter: AdapterState) -> Mapping[str, float]:
         return self.global_scores(adapter, state.round)
 
@@ -143,7 +174,9 @@ class Federation(Run):
         self.emit(event)
 
     def _work(self, client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> ClientUpdate:
-        return self._simulated.work(client, manifest, fetch, self._state(client))
+        return self._simulated.work(
+            client, manifest, fetch, self._state(client), self._folder / "ledgers"
+        )
 
 
 def _unusable(data: FederatedData) -> dict[str, Any]:

@@ -146,6 +146,7 @@ class VirtualLink(ABC):
             self._down(asked, answer.fetched),
             self._seconds(asked),
             error=answer.error,
+            code=answer.code,
         )
 
     def _down(self, asked: Asked, fetched: frozenset[str]) -> int:

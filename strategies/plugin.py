@@ -13,6 +13,7 @@ from fedlora.config.job import FederationSection
 from fedlora.errors import ConfigError, FedloraError, near_miss
 from fedlora.strategies import STRATEGIES
 from fedlora.strategies.base import Conditions, Strategy, StrategyState
+from fedlora.strategies.sums import check_sums
 from fedlora.strategies.wrappers import WRAPPERS
 
 
@@ -50,6 +51,8 @@ def check_strategy(strategy: Strategy, given: Conditions) -> None:
     """
     with before_round_1(strategy.name, "check"):
         strategy.check(given)
+    if given.secure:
+        check_sums(strategy, given)
 
 
 def begin(strategy: Strategy, adapter: AdapterState) -> StrategyState:

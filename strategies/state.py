@@ -36,6 +36,7 @@ class Conditions:
         privacy: unit of differential privacy; None without.
         asynchronous: updates may be of earlier versions.
         compression: how tensors travel.
+        secure: nothing is known of updates but their weighted mean.
     """
 
     spec: AdapterSpec
@@ -47,6 +48,7 @@ class Conditions:
     privacy: PrivacyUnit | None = None
     asynchronous: bool = False
     compression: Compression = UNCOMPRESSED
+    secure: bool = False
 
 
 @dataclass(frozen=True)

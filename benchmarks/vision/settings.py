@@ -26,6 +26,8 @@ class Setting:
         every: rounds between evaluations.
         chosen: clients per round; None takes all.
         ranks: ranks of the clients in order of name; all have the largest when empty.
+        batch: examples of a step (expected ones, under privacy).
+        epsilon: of DP-SGD in every client, at delta 1e-5 and clip norm 1; None trains plainly.
     """
 
     column: str
@@ -34,6 +36,8 @@ class Setting:
     every: int
     chosen: int | None = None
     ranks: tuple[int, ...] = (4,)
+    batch: int = 32
+    epsilon: float | None = None
 
 
 SETTINGS = {
@@ -41,6 +45,10 @@ SETTINGS = {
     "V2": Setting("client", steps=15, rounds=40, every=5, chosen=6),
     "V2-long": Setting("client", steps=60, rounds=12, every=2, chosen=6),
     "V3": Setting("domain", steps=10, rounds=30, every=5, ranks=(2, 2, 4, 4, 8, 8)),
+    **{
+        name: Setting("domain", steps=8, rounds=20, every=5, batch=48, epsilon=epsilon)
+        for name, epsilon in (("V4", None), ("V4-e6", 6.0), ("V4-e3", 3.0), ("V4-e1", 1.0))
+    },
 }
 
 
@@ -92,8 +100,12 @@ def make_job(
     }
     if arm.wrappers:
         federation["wrappers"] = [{"name": name} for name in arm.wrappers]
+    privacy: dict[str, Any] = {}
+    if setting.epsilon is not None:
+        privacy = {"privacy": {"epsilon": setting.epsilon, "delta": 1e-5, "max_grad_norm": 1.0}}
     return Job.model_validate(
         {
+            **privacy,
             "model": {"name": str(place / "model"), "task": "image-classification"},
             "data": {
                 "source": str(place / "train.parquet"),
@@ -106,7 +118,7 @@ def make_job(
             "adapter": {"rank": rank, "alpha": SCALE * rank, "targets": TARGETS, "heads": []},
             "training": {
                 "local_steps": setting.steps,
-                "batch_size": 32,
+                "batch_size": setting.batch,
                 "optimizer": "sgd",
                 "learning_rate": rate,
                 "max_grad_norm": 0.0,

@@ -14,15 +14,20 @@ def run_inspect(path: Path, *, as_json: bool) -> None:
 
     Raises:
         AdapterError: nothing that fedlora knows.
+        LedgerError: a privacy ledger that is not whole.
     """
     if (path / "HEAD").is_file():
         found = _run(path)
     elif (path / "adapter_config.json").is_file():
         found = _adapter(path)
+    elif (path / "ledger").is_file() and (path / "head").is_file():
+        found = _ledger(path)
     elif path.is_file() and path.suffix in (".safetensors", ".delta"):
         found = _tensor_file(path)
     else:
-        raise AdapterError(f"{path} is not a run folder, an adapter folder or a .safetensors file")
+        raise AdapterError(
+            f"{path} is not a run folder, an adapter folder, a ledger or a .safetensors file"
+        )
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -55,6 +60,23 @@ def _run(path: Path) -> dict[str, Any]:
         "fallback": store.fallback,
         "eval": rounds[-1]["eval"] if rounds else {},
         "adapter_sha256": rounds[-1]["adapter_sha256"] if rounds else None,
+    }
+
+
+def _ledger(path: Path) -> dict[str, Any]:
+    from fedlora.cli.privacy_ledger import describe
+
+    found = describe(path)
+    total = found["total"]
+    return {
+        **{key: found[key] for key in ("kind", "dataset", "unit", "adjacency", "created")},
+        **{key: found[key] for key in ("entries", "whole", "torn_tail", "follows")},
+        "head_sha256": found["head"]["sha256"],
+        "runs": list(found["runs"]),
+        "epsilon_rdp": total["rdp"],
+        "epsilon_prv": total["prv"],
+        "delta": total["delta"],
+        "budget_epsilon": total["budget"],
     }
 
 

@@ -16,6 +16,7 @@ from fedlora.report.headline import headline
 
 SHOWN_ROUNDS = 12
 COLUMNS = ("round", "loss", "held-out", "clients", "rejected", "up", "down", "agg. error")
+PRIVATE_COLUMNS = (*COLUMNS, "epsilon")
 
 
 class LiveView:
@@ -87,7 +88,7 @@ class LiveView:
             self._done = self._first = event["round"]
             self._began = time.monotonic()
             self._say(f"continuing after round {event['round']}")
-        elif kind in ("fallback", "machine"):
+        elif kind in ("fallback", "machine", "warning"):
             self._say(f"warning: {event['why']}", keep=True)
         elif kind == "waiting":
             here = ", ".join(event["clients"]) or "nobody"
@@ -153,35 +154,35 @@ class LiveView:
 
     def _line(self, event: dict[str, Any]) -> str:
         cells = self._cells(event)
-        return "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True))
+        return "  ".join(f"{name} {cell}" for name, cell in zip(self._columns, cells, strict=True))
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return PRIVATE_COLUMNS if self.job.privacy else COLUMNS
 
     def _cells(self, event: dict[str, Any]) -> tuple[str, ...]:
         metric = headline(self.job.model.task, event["eval"])
         error = event["aggregation_error"]
         loss = event["train_loss"]
-        return (
+        # who took part in a round that is private to clients is not told, nor how many
+        hidden = event["rejected"] is None
+        cells = (
             f"{event['round']}/{self.job.federation.rounds}",
             "-" if loss is None else f"{loss:.4f}",
             metric.format(event["eval"].get(metric.key)),
-            str(len(event["clients"])),
-            str(event["rejected"]),
+            *(("-", "-") if hidden else (str(len(event["clients"])), str(event["rejected"]))),
             _megabytes(event["bytes_up"]),
             _megabytes(event["bytes_down"]),
             "-" if error is None else f"{error:.1e}",
         )
+        if not self.job.privacy:
+            return cells
+        spent = event["epsilon"]
+        return (*cells, "not private" if spent is None else f"{spent:.3g}")
 
     def _render(self) -> RenderableType:
         table = Table(box=None, pad_edge=False)
-        for name in (
-            "round",
-            "loss",
-            "held-out",
-            "clients",
-            "rejected",
-            "up",
-            "down",
-            "agg. error",
-        ):
+        for name in self._columns:
             table.add_column(name, justify="right")
         for event in self._rounds[-SHOWN_ROUNDS:]:
             table.add_row(*self._cells(event))

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedlora.cli.certs import app as certs_app
+from fedlora.cli.privacy import app as privacy_app
 from fedlora.cli.strategy import app as strategy_app
 from fedlora.errors import EXIT_INTERRUPTED, EXIT_USAGE, FedloraError
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 app.add_typer(strategy_app, name="strategy")
 app.add_typer(certs_app, name="certs")
+app.add_typer(privacy_app, name="privacy")
 
 Override = Annotated[
     list[str] | None,
@@ -385,10 +387,12 @@ def merge(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Run folder, adapter folder or .safetensors file.")],
+    path: Annotated[
+        Path, typer.Argument(help="Run folder, adapter folder, ledger or .safetensors file.")
+    ],
     json: AsJson = False,
 ) -> None:
-    """Say what an adapter, delta or run folder is.
+    """Say what an adapter, delta, privacy ledger or run folder is.
 
     Example: fedlora inspect runs/first/adapter
     """

@@ -8,11 +8,11 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+from fedlora.config.privacy import PrivacySection
+from fedlora.config.section import Fraction, NonNegative, Positive, Section
+from fedlora.config.secure import secure_misfits
 
 
 def _folder_name(name: str) -> str:
@@ -22,14 +22,6 @@ def _folder_name(name: str) -> str:
             "slashes and control characters"
         )
     return name
-
-
-class Section(BaseModel):
-    """A table of the job file; unknown keys are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class ModelSection(Section):
@@ -208,6 +200,15 @@ class FederationSection(Section):
     """An update with a larger L2 norm is rejected."""
     max_examples: Annotated[float, Field(gt=0.0)] = 1e7
     """An update that claims more examples is rejected."""
+    secure_aggregation: bool = False
+    """The server learns the weighted sum of updates and no single one (pairwise masks, Bonawitz
+    et al. 2017), for strategies that need no more, among 3 to 64 clients of a round. `quorum`
+    is its threshold, but at least half the clients and one. Nobody can check single updates
+    then. docs/threat-model.md says against whom it protects."""
+    secure_bits: Literal[32, 64] = 64
+    """Size of masked integers. 64 rounds finer than float32 up to any `max_update_norm`. 32
+    halves the upload; an entry is rounded to clients * max_update_norm / 2^31, so set
+    `max_update_norm` near real norms, and `weighting` to "uniform"."""
 
 
 class CompressionSection(Section):
@@ -310,6 +311,7 @@ class Job(Section):
     compression: CompressionSection = CompressionSection()
     scenario: ScenarioSection = ScenarioSection()
     evaluation: EvaluationSection = EvaluationSection()
+    privacy: PrivacySection | None = None
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -340,6 +342,8 @@ class Job(Section):
                     f"federation.buffer = {federation.buffer} is more than the {most} clients at "
                     "work at the same time; choose at most that"
                 )
+        if federation.secure_aggregation:
+            problems += secure_misfits(self)
         if any(hostile.kind == "label-flip" for hostile in self.scenario.hostile) and (
             self.model.task == "causal-lm"
         ):

@@ -8,15 +8,11 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fedlora.config.job import Job, Section
+from fedlora.config.job import Job
+from fedlora.config.section import Section
 from fedlora.errors import ConfigError, near_miss
 
 Table = TypeVar("Table", bound=Section)
-
-# tables that later versions honour: refused by name, never ignored
-NOT_YET = {
-    "privacy": "this version trains without differential privacy",
-}
 
 
 def load_job(
@@ -48,9 +44,6 @@ def parse_job(
     for override in overrides:
         problems += _apply(tree, override)
     problems += _unwritable(tree)
-    for key, why in NOT_YET.items():
-        if _pop(tree, key) is not None:
-            problems.append(f"{key} is not supported: {why}; remove it")
     for key, names in (known or {}).items():
         problems += _unknown_name(tree, key, names)
     return _validated(Job, tree, problems)
@@ -155,14 +148,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _pop(tree: dict[str, Any], key: str) -> Any:
-    *parents, last = key.split(".")
-    node: Any = tree
-    for name in parents:
-        node = node.get(name) if isinstance(node, dict) else None
-    return node.pop(last, None) if isinstance(node, dict) else None
 
 
 def _unknown_name(tree: dict[str, Any], key: str, names: Collection[str]) -> list[str]:

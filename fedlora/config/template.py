@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from types import NoneType
 from typing import Any
 
 import tomli_w
@@ -20,14 +21,25 @@ def render_tables(kind: type[BaseModel], heading: str) -> str:
     """TOML text with every table and field of `kind`, its documentation and its default."""
     parts = [heading]
     for name, field in kind.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, BaseModel)
-        parts.append(f"\n# {(section.__doc__ or '').splitlines()[0]}\n[{name}]")
+        section, optional = _section(field.annotation)
+        off = "# " if optional else ""
+        parts.append(f"\n# {(section.__doc__ or '').splitlines()[0]}\n{off}[{name}]")
         for key, option in section.model_fields.items():
             parts.append(_comment(option.description or ""))
-            parts.append(_assignment(key, option.default))
+            line = _assignment(key, option.default)
+            parts.append(line if line.startswith("#") else f"{off}{line}")
     return "\n".join(parts) + "\n"
+
+
+def _section(annotation: Any) -> tuple[type[BaseModel], bool]:
+    """The kind of a table, and whether it may be missing."""
+    kinds = [
+        kind for kind in getattr(annotation, "__args__", (annotation,)) if kind is not NoneType
+    ]
+    section = kinds[0]
+    assert isinstance(section, type)
+    assert issubclass(section, BaseModel)
+    return section, section is not annotation
 
 
 def render_template() -> str:

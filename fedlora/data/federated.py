@@ -33,6 +33,7 @@ class ClientData:
         unusable: its rows that gave no example or were cut.
         composition: rows per class, or per value of the partition's column where there are no
             classes; {"rows": n} where there is neither.
+        records: digest of every row, which name the data set whatever becomes of the rows.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ClientData:
     validation: list[Example]
     unusable: Unusable
     composition: dict[str, int]
+    records: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,12 @@ class PreparedRows:
                 "them"
             )
         return ClientData(
-            name, train, validation, unusable, _composition(rows, self.labels, self.column)
+            name,
+            train,
+            validation,
+            unusable,
+            _composition(rows, self.labels, self.column),
+            tuple(row.digest() for row in rows),
         )
 
 

@@ -1,5 +1,7 @@
 """Row and Table: raw data that remembers where it was written."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,14 @@ class Row:
     origin: str
     folder: Path | None = None
     client: str | None = None
+
+    def digest(self) -> bytes:
+        """SHA-256 of what the row says, (32,); the same wherever it was written."""
+        found = hashlib.sha256()
+        for column in sorted(self.values):
+            value = _written(self.values[column])
+            found.update(b"%d %b %d %b " % (len(column), column.encode(), len(value), value))
+        return found.digest()
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,16 @@ def value_of(row: Row, column: str) -> Any:
             f"found {', '.join(row.values) or 'nothing'}; add it or remove the row"
         )
     return row.values[column]
+
+
+def _written(value: Any) -> bytes:
+    """A value as bytes; a picture as its pixels."""
+    if isinstance(value, bytes):
+        return value
+    if hasattr(value, "tobytes"):
+        pixels: bytes = value.tobytes()
+        return pixels
+    return json.dumps(value, sort_keys=True, default=repr).encode("utf-8", "surrogatepass")
 
 
 def join_tables(name: str, tables: Iterable[Table]) -> Table:

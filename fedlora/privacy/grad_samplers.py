@@ -9,7 +9,8 @@ Shapes: N samples, T tokens, b block size, n blocks. Plain linear leaves need no
 Opacus knows nn.Linear.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from fedlora.adapters.leaves import (
 )
 
 Samples = dict[nn.Parameter, Tensor]
+# (leaf, inputs, gradient of its output) -> gradients, or norms, by example
+Sampler = Callable[[Any, Sequence[Tensor], Tensor], Samples]
 
 
 def register_grad_samplers() -> None:
@@ -33,18 +36,14 @@ def register_grad_samplers() -> None:
     """
     from opacus.grad_sample import register_grad_sampler, register_norm_sampler
 
-    register_grad_sampler(DiagScale)(diag_scale_grads)
-    register_norm_sampler(DiagScale)(diag_scale_norms)
-    register_grad_sampler(BlockDiagLinear)(block_diag_grads)
-    register_norm_sampler(BlockDiagLinear)(block_diag_norms)
-    register_grad_sampler(BoneColDelta)(bone_col_grads)
-    register_norm_sampler(BoneColDelta)(bone_col_norms)
+    for kind, sampler in SAMPLERS.items():
+        register_grad_sampler(kind)(_if_trained(sampler))
+    for kind, sampler in NORM_SAMPLERS.items():
+        register_norm_sampler(kind)(_if_trained(sampler))
 
 
 def diag_scale_grads(leaf: DiagScale, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
     """sum_t x_t * g_t, (N, f)."""
-    if not leaf.weight.requires_grad:
-        return {}
     x = inputs[0].to(backprops.dtype)
     return {leaf.weight: _tokens(x * backprops).sum(1)}
 
@@ -56,8 +55,6 @@ def diag_scale_norms(leaf: DiagScale, inputs: Sequence[Tensor], backprops: Tenso
 
 def block_diag_grads(leaf: BlockDiagLinear, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
     """sum_t u_tj x_tj^T for every block j, (N, n, b, b)."""
-    if not leaf.weight.requires_grad:
-        return {}
     x, u = _strips(leaf, inputs[0].to(backprops.dtype)), _strips(leaf, backprops)
     return {leaf.weight: torch.einsum("ntjo,ntji->njoi", u, x)}
 
@@ -67,8 +64,6 @@ def block_diag_norms(leaf: BlockDiagLinear, inputs: Sequence[Tensor], backprops:
 
     The Gram form holds T^2 numbers per block instead of b^2.
     """
-    if not leaf.weight.requires_grad:
-        return {}
     x, u = _strips(leaf, inputs[0].to(backprops.dtype)), _strips(leaf, backprops)
     if x.shape[1] > x.shape[3]:
         return _norms(block_diag_grads(leaf, inputs, backprops))
@@ -78,8 +73,6 @@ def block_diag_norms(leaf: BlockDiagLinear, inputs: Sequence[Tensor], backprops:
 
 def bone_col_grads(leaf: BoneColDelta, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
     """sum_t [sum_j (W_ij^T g_ti) x_tj^T + g_ti (sum_j x_tj)^T] for output strip i, (N, n, b, b)."""
-    if not leaf.weight.requires_grad:
-        return {}
     weight, x = inputs[0].to(backprops.dtype), inputs[1].to(backprops.dtype)
     b = leaf.weight.shape[-1]
     w = padded_blocks(weight, b)  # (n, b, m, b)
@@ -113,3 +106,24 @@ def _strips(leaf: nn.Module, x: Tensor) -> Tensor:
 
 def _norms(samples: Samples) -> Samples:
     return {p: grads.flatten(1).norm(2, dim=1) for p, grads in samples.items()}
+
+
+def _if_trained(sampler: Sampler) -> Sampler:
+    """`sampler`, which leaves a frozen leaf alone: Opacus asks for those too."""
+
+    def asked(leaf: Any, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+        return sampler(leaf, inputs, backprops) if leaf.weight.requires_grad else {}
+
+    return asked
+
+
+SAMPLERS: Mapping[type[nn.Module], Sampler] = {
+    DiagScale: diag_scale_grads,
+    BlockDiagLinear: block_diag_grads,
+    BoneColDelta: bone_col_grads,
+}
+NORM_SAMPLERS: Mapping[type[nn.Module], Sampler] = {
+    DiagScale: diag_scale_norms,
+    BlockDiagLinear: block_diag_norms,
+    BoneColDelta: bone_col_norms,
+}

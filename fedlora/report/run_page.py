@@ -1,6 +1,7 @@
 """report.html: one run on one page."""
 
 from pathlib import Path
+from typing import Any
 
 from fedlora.report.headline import Metric, headline
 from fedlora.report.held_out import baseline
@@ -13,8 +14,9 @@ from fedlora.report.markup import (
     visible,
 )
 from fedlora.report.page import page
+from fedlora.report.privacy_text import privacy_lines
 from fedlora.report.result_sentence import result_sentence
-from fedlora.report.run_folder import RunRecord, drawable, read_run
+from fedlora.report.run_folder import RunRecord, read_run
 from fedlora.report.run_tables import (
     client_table,
     facts_table,
@@ -66,6 +68,7 @@ def run_page(run: RunRecord) -> str:
     if run.rounds:
         parts += [run_pictures.aggregation_error(run), run_pictures.traffic(run)]
         parts.append(section("Time", seconds_table(run)))
+        parts.append(_privacy(run))
     if (run.start.get("unusable") or {}).get("counts"):
         parts.append(section("Rows that could not be used", unusable_table(run)))
     parts.append(
@@ -132,10 +135,20 @@ def _score_note(run: RunRecord) -> Html:
         )
     if baseline(run.scores, "centralised").get("final"):
         sentences.append("Centralised: one adapter trained on all clients' data together.")
-    epsilons = [event["epsilon"] for event in run.rounds if drawable(event.get("epsilon"))]
-    if epsilons:
-        sentences.append(f"Privacy spent: epsilon = {epsilons[-1]:.3g}.")
+    summary = _privacy_summary(run)
+    if summary and run.scores.get("baselines"):
+        how = "with the same budget" if summary["unit"] == "record" else "without privacy"
+        sentences.append(f"Baselines are trained {how}.")
     return element("p", " ".join(sentences), css="muted")
+
+
+def _privacy_summary(run: RunRecord) -> Any:
+    return run.rounds[-1].get("privacy") if run.rounds else None
+
+
+def _privacy(run: RunRecord) -> Html:
+    lines = [visible(line) for line in privacy_lines(_privacy_summary(run))]
+    return section("Privacy", *(element("p", f"{line[0].upper()}{line[1:]}") for line in lines))
 
 
 def _clients(run: RunRecord, metric: Metric) -> Html:

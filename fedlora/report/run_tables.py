@@ -56,6 +56,8 @@ def client_table(run: RunRecord, metric: Metric) -> Html:
     part = Counter(name for event in run.rounds for name in event.get("clients") or [])
     silent = Counter(name for event in run.rounds for name in event.get("missing") or [])
     rejected = Counter(str(event.get("client")) for event in run.of("rejected"))
+    # rounds that are private to clients do not say who took part
+    hidden = any(event.get("rejected", 0) is None for event in run.rounds)
     own = run.scores.get("clients") or {}
     alone = baseline(run.scores, "local").get("clients") or {}
     lines: list[list[Cell]] = []
@@ -73,9 +75,7 @@ def client_table(run: RunRecord, metric: Metric) -> Html:
                 metric.format(before),
                 _judged(metric, before, after),
                 metric.format(drawable((alone.get(name) or {}).get(metric.key))),
-                str(part[name]),
-                str(silent[name]),
-                str(rejected[name]),
+                *(MISSING if hidden else str(count[name]) for count in (part, silent, rejected)),
                 ", ".join(facts.get("hostile") or []),
             ]
         )

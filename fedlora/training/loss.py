@@ -32,14 +32,37 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> LossSum:
         batch: with targets at the positions of the inputs; the shift is done here.
         task: "causal-lm", or a classification task.
     """
+    logits, target = predictions(model, batch, task)
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+    counted = target != IGNORE
+    correct = int(((logits.detach().argmax(-1) == target) & counted).sum())
+    return LossSum(total, int(counted.sum()), correct)
+
+
+def example_losses(model: nn.Module, batch: Batch, task: str) -> Tensor:
+    """Each example's own mean loss in nats over its counted tokens, (n,); 0 without any.
+
+    No example's loss depends on another one: a mean over the tokens of the batch, as
+    transformers has it, would let one example rescale the gradients of all others.
+    """
+    logits, target = predictions(model, batch, task)
+    return example_means(logits, target, len(batch.target))
+
+
+def example_means(logits: Tensor, target: Tensor, count: int) -> Tensor:
+    """The mean loss of each of `count` examples, from what `predictions` gives."""
+    losses = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+    losses = losses.view(count, -1)  # (n, T - 1) or (n, 1)
+    counted = (target != IGNORE).view_as(losses).sum(1)
+    return losses.sum(1) / counted.clamp_min(1)
+
+
+def predictions(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
+    """Logits (m, classes or vocabulary), in float32 or wider, and targets (m,)."""
     logits: Tensor = model(**batch.inputs).logits
     if task == "causal-lm":
         logits = logits[:, :-1].flatten(0, 1)  # (n * (T - 1), vocabulary)
         target = batch.target[:, 1:].flatten()
     else:
         target = batch.target
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-    counted = target != IGNORE
-    correct = int(((logits.detach().argmax(-1) == target) & counted).sum())
-    return LossSum(total, int(counted.sum()), correct)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), target

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedlora.adapters.inject import AdaptedModel
 from fedlora.config.job import TrainingSection
@@ -16,6 +14,7 @@ from fedlora.data.order import batch_order, loader
 from fedlora.errors import TrainingError
 from fedlora.seeds import derive_seed, generator
 from fedlora.training.loss import loss_sum
+from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import (
     learning_rate,
     make_optimizer,
@@ -55,6 +54,10 @@ class LocalWork:
     rates: Mapping[str, float] = field(default_factory=dict)
     terms: Sequence[Term] = ()
     progress: Progress | None = None
+
+    def dropout_key(self, step: int, index: int) -> int:
+        """Key of the adapter's dropout in a micro-batch of a step."""
+        return derive_seed(self.seed, "dropout", self.client, self.round, step, index)
 
 
 @dataclass(frozen=True)
@@ -110,23 +113,14 @@ def train(
     )
     batches = loader(examples, order, pad_id, settings.num_workers)
     loss, count, rate_sum = 0.0, 0, 0.0
-    model.train()
-    for module in model.modules():
-        # a norm over the batch would otherwise change the frozen base
-        if isinstance(module, _BatchNorm):
-            module.eval()
-    if settings.gradient_checkpointing:
-        _checkpointing(adapted, on=True)
-    try:
+    with training_mode(adapted, checkpointing=settings.gradient_checkpointing):
         for step in range(work.steps):
             if work.progress is not None:
                 work.progress(step, work.steps)
             micro = [next(batches) for _ in range(settings.accumulation)]
             step_count = 0
             for index, batch in enumerate(micro):
-                adapted.key_dropout(
-                    derive_seed(work.seed, "dropout", work.client, work.round, step, index)
-                )
+                adapted.key_dropout(work.dropout_key(step, index))
                 with torch.autocast(
                     device.type, torch.bfloat16, enabled=settings.precision == "bf16"
                 ):
@@ -141,10 +135,6 @@ def train(
                 )
             count += step_count
             rate_sum += _step(optimizer, parameters, settings, work, step, step_count)
-    finally:
-        if settings.gradient_checkpointing:
-            _checkpointing(adapted, on=False)
-        model.eval()
     return LocalResult(
         loss / count if count else None,
         count,
@@ -169,6 +159,17 @@ def _step(
         term.edit_gradients(parameters)
     if settings.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    return move(optimizer, parameters, settings, work, step)
+
+
+def move(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    settings: TrainingSection,
+    work: LocalWork,
+    step: int,
+) -> float:
+    """One step of the optimiser with the gradients as they are; says at what learning rate."""
     rate = learning_rate(settings, work.first_step + step, work.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["multiplier"]
@@ -177,16 +178,3 @@ def _step(
         term.after_step(parameters)
     optimizer.zero_grad()
     return rate
-
-
-def _checkpointing(adapted: AdaptedModel, *, on: bool) -> None:
-    model: Any = adapted.model
-    if on:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise TrainingError(
-                f"{type(model).__name__} does not support gradient checkpointing; set "
-                "training.gradient_checkpointing = false"
-            )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif hasattr(model, "gradient_checkpointing_disable"):
-        model.gradient_checkpointing_disable()

@@ -44,6 +44,7 @@ def test_start_up_does_not_count(overhead):
     assert overhead.updates_per_s([100.0, 101.0, 102.0], clients=50) == 50.0
 
 
+@pytest.mark.slow
 def test_command_writes_both_files(overhead, tmp_path, monkeypatch, capsys):
     flags = ["--no-flower", "--clients", "3", "--rounds", "3", "--repeat", "1"]
     flags += ["--memory", "2", "4", "--memory-rounds", "2", "--out", str(tmp_path)]

@@ -49,6 +49,7 @@ EVENTS = [
     {"event": "joined", "client": "ann", "node": "8"},
     START,
     {"event": "fallback", "why": "round 1 was damaged"},
+    {"event": "warning", "round": 0, "why": "noise of 2 x clip"},
     round_event(1),
     rejected(2),
     {"event": "abandoned", "round": 2, "attempt": 0, "why": "1 of 3 clients"},

@@ -46,6 +46,7 @@ def test_every_kind_has_a_message_and_the_level_an_operator_expects(said):
         "rejected": "WARNING",
         "abandoned": "WARNING",
         "fallback": "WARNING",
+        "warning": "WARNING",
         "refused": "WARNING",
         "not-ready": "WARNING",
         "failed": "ERROR",
@@ -55,6 +56,13 @@ def test_every_kind_has_a_message_and_the_level_an_operator_expects(said):
         assert {name: line[name] for name in shared} == {name: event[name] for name in shared}
         assert {"round", "client"} & event.keys() <= line.keys()
         assert not line["message"].startswith("event ")
+
+
+def test_a_round_that_is_private_to_clients_does_not_say_how_many_took_part(said):
+    event = next(e for e in EVENTS if e["event"] == "round")
+    log_event({**event, "clients": [], "rejected": None})
+    assert "clients" not in said[0]["message"]
+    assert "committed" in said[0]["message"]
 
 
 def test_a_run_stopped_on_purpose_is_no_error(said):

@@ -133,7 +133,11 @@ class Run:
         )
 
     def go(self, until=None):
-        parts = RunParts(
+        initial = self.strategy.init(random_state(self.spec))
+        return run_rounds(self.parts(), resume_state(self.store.load(), initial), until)
+
+    def parts(self):
+        return RunParts(
             run="toy",
             store=self.store,
             link=self.link,
@@ -145,8 +149,6 @@ class Run:
             evaluate=self.evaluate,
             emit=self.events.append,
         )
-        initial = self.strategy.init(random_state(self.spec))
-        return run_rounds(parts, resume_state(self.store.load(), initial), until)
 
     def change_settings(self, **settings):
         self.settings = replace(self.settings, **settings)

@@ -1,0 +1,1 @@
+"""Proof by trial that private training is private: oracles for every part, and a blind audit."""

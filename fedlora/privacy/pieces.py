@@ -1,0 +1,110 @@
+"""Pieces: the gradients of one parameter by example, as sums of them are needed.
+
+To clip, only the norm of every example's gradient and one weighted sum are needed. A piece
+gives both without saying how it holds the gradients.
+
+Shapes: N examples, T tokens, o and i outputs and inputs of a linear layer.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Piece(Protocol):
+    """The gradients of one parameter, one per example."""
+
+    def squared_norms(self) -> Tensor:
+        """Squared L2 norm of every example's gradient, (N,)."""
+        ...
+
+    def weighted_sum(self, weights: Tensor, keep: Tensor | None) -> Tensor:
+        """sum_n w_n g_n, in the parameter's shape.
+
+        Args:
+            weights: (N,).
+            keep: numbers of the examples that take part; None for all. The others may hold
+                anything, also NaN.
+        """
+        ...
+
+    def whole(self) -> Tensor:
+        """Every example's gradient, (N, *shape)."""
+        ...
+
+
+class Whole:
+    """Gradients that are there as they are, (N, *shape)."""
+
+    def __init__(self, grads: Tensor) -> None:
+        self.grads = grads
+
+    def squared_norms(self) -> Tensor:
+        return self.grads.flatten(1).square().sum(1)
+
+    def weighted_sum(self, weights: Tensor, keep: Tensor | None) -> Tensor:
+        grads = self.grads
+        if keep is not None:
+            grads, weights = grads[keep], weights[keep]
+        total: Tensor = torch.tensordot(weights, grads, 1)
+        return total
+
+    def whole(self) -> Tensor:
+        return self.grads
+
+
+class Outer:
+    """Gradients sum_t g_t x_t^T of a linear layer's weight, from their two factors.
+
+    The norms come from |sum_t g_t x_t^T|^2 = sum_ts (g_t.g_s)(x_t.x_s), which pays only when
+    there are fewer tokens than rows and columns (`Outer.pays`).
+
+    Args:
+        x: inputs (N, T, i).
+        g: gradients of the outputs (N, T, o).
+    """
+
+    def __init__(self, x: Tensor, g: Tensor) -> None:
+        self.x = x
+        self.g = g
+
+    @staticmethod
+    def pays(tokens: int, out: int, inp: int) -> bool:
+        """Whether T x T products are fewer than the entries of o x i gradients."""
+        return tokens <= min(out, inp)
+
+    def squared_norms(self) -> Tensor:
+        # in float64: terms that cancel must not make a long gradient look short
+        x, g = self.x.double(), self.g.double()
+        gram = (x @ x.mT) * (g @ g.mT)  # (N, T, T)
+        return gram.sum((1, 2)).clamp_min(0).to(self.g.dtype)
+
+    def weighted_sum(self, weights: Tensor, keep: Tensor | None) -> Tensor:
+        x, g = self.x, self.g
+        if keep is not None:
+            x, g, weights = x[keep], g[keep], weights[keep]
+        scaled = g * weights[:, None, None]
+        return scaled.flatten(0, 1).mT @ x.flatten(0, 1)
+
+    def whole(self) -> Tensor:
+        return self.g.mT @ self.x
+
+
+def clipped_sum(pieces: Mapping[str, Piece], clip: float) -> tuple[dict[str, Tensor], Tensor]:
+    """sum_n g_n min(1, C / |g_n|) over all parameters together, and the norms |g_n| (N,).
+
+    Abadi et al., "Deep Learning with Differential Privacy", https://arxiv.org/abs/1607.00133,
+    algorithm 1. The norm is over all parameters of an example. An example whose gradient is
+    not finite adds nothing.
+
+    Args:
+        pieces: parameter name -> its gradients; at least one.
+        clip: C.
+    """
+    norms = torch.stack([piece.squared_norms() for piece in pieces.values()]).sum(0).sqrt()
+    finite = norms.isfinite()
+    weights = torch.where(finite, (clip / (norms + 1e-6)).clamp_max(1.0), 0.0)
+    keep = None if bool(finite.all()) else finite.nonzero().flatten()
+    return {name: piece.weighted_sum(weights, keep) for name, piece in pieces.items()}, norms
