@@ -35,13 +35,17 @@ PARTITION = "partition-id"
 
 
 def text(fields: Mapping[str, Any], key: str) -> str:
-    """A text of a record that a peer sent; empty when there is none.
+    """A text of a record that a peer sent; empty when there is none."""
+    value = fields.get(key, "")
+    return value if isinstance(value, str) else ""
+
+
+def said(fields: Mapping[str, Any], key: str) -> str:
+    """A text that a peer sent for people to read; empty when there is none.
 
     It ends up in logs and on terminals: it is cut, and what does not print is escaped.
     """
-    value = fields.get(key, "")
-    if not isinstance(value, str):
-        return ""
+    value = text(fields, key)
     cut = value if len(value) <= MAX_TEXT else f"{value[:MAX_TEXT]}..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 

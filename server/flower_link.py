@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, text
+from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, said
 from fedlora.server.journal import Event
 from fedlora.server.link import BUDGET_EXHAUSTED, Reply, Task
 from fedlora.server.mail import AWAY, Mail, Unreadable
@@ -174,7 +174,7 @@ class FlowerLink:
                 error, code = f"its ClientApp failed: {reply.error.reason}", "FLOWER"
             else:
                 fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
-                error, code = text(fields, "error"), text(fields, "code")
+                error, code = said(fields, "error"), said(fields, "code")
                 number = fields.get("bytes_down", 0)
                 down = number if isinstance(number, int) and 0 <= number < 2**62 else 0
             if error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedlora import __version__
-from fedlora.flower_records import CONFIG, QUERY, text
+from fedlora.flower_records import CONFIG, QUERY, said
 from fedlora.server.journal import Event
 from fedlora.server.mail import AWAY, Mail, Unreadable
 from fedlora.strategies.base import ClientInfo
@@ -111,12 +111,12 @@ class Nodes:
             self._refuse(node, f"its ClientApp failed: {reply.error.reason}")
             return
         fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
-        if error := text(fields, "error"):
+        if error := said(fields, "error"):
             # its worker may come up yet: it is greeted again
             self._greeted[node] = ("", time.monotonic() + GREET_AGAIN_S)
             self.emit({"event": "not-ready", "node": str(node), "why": error})
             return
-        name, version = text(fields, "name"), text(fields, "version")
+        name, version = said(fields, "name"), said(fields, "version")
         registered = self._registered.get(node)
         if version != __version__:
             self._refuse(

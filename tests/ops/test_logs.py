@@ -247,7 +247,7 @@ def test_a_child_logs_as_its_parent_says():
 
 def test_what_libraries_leave_in_a_record_is_no_field_of_ours(stream):
     logs.configure(as_json=True, stream=stream)
-    log.info("one", extra={"_ray_timestamp_ns": 1, "bytes_up": 2})
+    log.info("one", extra={"_library_stamp": 1, "bytes_up": 2})
     (line,) = lines(stream)
     assert line["bytes_up"] == 2
-    assert "_ray_timestamp_ns" not in line
+    assert "_library_stamp" not in line

@@ -11,7 +11,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import __version__
-from fedlora.flower_records import CONFIG, QUERY, text
+from fedlora.flower_records import CONFIG, QUERY, said
 from fedlora.messages import Broadcast, RoundPlan
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.flower_link import FlowerLink
@@ -346,6 +346,6 @@ def test_a_later_client_of_another_rank_is_refused_where_ranks_must_be_equal(sto
 
 
 def test_what_a_peer_says_is_cut_and_cannot_steer_a_terminal():
-    found = text({"error": "\x1b]0;owned\x07" + "x" * 10**6}, "error")
+    found = said({"error": "\x1b]0;owned\x07" + "x" * 10**6}, "error")
     assert found.startswith("\\x1b]0;owned\\x07xxx")
     assert len(found) < 700
