@@ -45,7 +45,7 @@ def test_private_clients_keep_ledgers_and_give_the_adapter_of_a_simulation(make_
         done = deployed.run(job, tmp_path / "deployed", check=False)
         assert done.returncode == 0, done.stderr + deployed.logs()
     assert digests(tmp_path / "deployed") == digests(tmp_path / "simulated")
-    found = sorted((tmp_path / "homes").glob("*/privacy/*/ledger"))
+    found = sorted((tmp_path / "homes").rglob("privacy/*/ledger"))
     assert len(found) == 2
     assert all(len(path.read_text().splitlines()) == 1 + 2 * 2 for path in found)
     assert "NOT PRIVATE" in (tmp_path / "deployed" / "adapter" / "README.md").read_text()
