@@ -7,7 +7,7 @@ import torch
 
 from fedlora.adapter import AdapterState, split_name
 from fedlora.adapters.base import Basis
-from fedlora.errors import StrategyError, UpdateRejected
+from fedlora.errors import StrategyError, UpdateRejected, shown
 from fedlora.messages import (
     CONTROL,
     Broadcast,
@@ -187,7 +187,8 @@ class Handout:
                     "round": self.round,
                     "client": e.client,
                     "code": e.code,
-                    "detail": e.detail,
+                    # part of it may be the client's own words
+                    "detail": shown(e.detail),
                 }
             )
             return False
