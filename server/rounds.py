@@ -7,12 +7,13 @@ link's business.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from fedlora.checkpoint import Committed
-from fedlora.errors import QuorumFailed
+from fedlora.errors import QuorumFailed, StorageError
 from fedlora.seeds import generator
 from fedlora.server.handout import Handout
 from fedlora.server.merge import Received, Stopwatch, merge
@@ -38,8 +39,9 @@ def run_rounds(run: RunParts, state: StrategyState, until: int | None = None) ->
 
 def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
     number, retries = state.round + 1, run.settings.retries
+    first = run.store.first_attempt(number)
     shortage = ""
-    for count in range(retries + 1):
+    for count in range(first, first + retries + 1):
         spool = Spool(run.store.folder / "spool.bin")
         timed = Stopwatch()
         try:
@@ -52,6 +54,9 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
             run.emit(event)
         finally:
             spool.close()
+    # what clients sent for these attempts, and keep, is not asked for again
+    with suppress(StorageError):
+        run.store.give_up(number, first + retries + 1)
     raise QuorumFailed(
         f"round {number} failed after {retries + 1} attempts: {shortage}; the run stands at "
         f"round {state.round}. Bring clients back, then: fedlora "
@@ -65,14 +70,17 @@ def _collect(handout: Handout, timed: Stopwatch) -> str:
     with timed("broadcast"):
         roster = list(run.link.roster())
         chosen = _choose(run.settings, roster, handout.round, handout.attempt)
+        quorum = run.settings.quorum or max(run.settings.least, math.ceil(2 * len(chosen) / 3))
+        if len(chosen) < quorum:
+            # nobody works for a round that cannot be
+            return f"{len(chosen)} clients are there; the quorum is {quorum}"
         tasks, parts = handout.tasks(chosen)
     with timed("clients"):
         for reply in run.link.exchange(tasks, parts, run.settings.deadline_s):
             handout.admit(reply)
     # in whatever order replies came, the record of the round is the same
     handout.rejected.sort(key=lambda event: str(event["client"]))
-    quorum = run.settings.quorum or math.ceil(2 * len(chosen) / 3)
-    if len(handout.updates) >= max(1, quorum):
+    if len(handout.updates) >= quorum:
         return ""
     why = ""
     if handout.rejected:

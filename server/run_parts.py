@@ -29,6 +29,7 @@ class RoundSettings:
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
         compression: how tensors travel.
+        least: what the quorum is at least, when `quorum` is None.
     """
 
     seed: int
@@ -44,6 +45,7 @@ class RoundSettings:
     keep_every: int
     limits: Limits
     compression: Compression = UNCOMPRESSED
+    least: int = 1
 
 
 @dataclass(frozen=True)
