@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,17 +92,27 @@ class Operator:
             ConfigError: the server refuses the caller, or knows no such run.
             RunFailed: the server stayed away.
         """
-        seen, away_since, last = 0, 0.0, -1
+        away_since, last = 0.0, -1
+        told: Counter[str] = Counter()
         while True:
             try:
                 with channel(self.server, self.credentials) as opened:
-                    request = exchange.WatchRequest(run=run, skip=seen)
+                    # when a run is continued its journal is written anew, after which numbers
+                    # mean nothing: what was told before is known by its text
+                    number, passed = -1, Counter[str]()
+                    request = exchange.WatchRequest(run=run)
                     for item in DeltaExchangeStub(opened).Watch(request):
-                        seen, away_since = int(item.number) + 1, 0.0
+                        away_since = 0.0
+                        if int(item.number) <= number:
+                            passed.clear()
+                        number = int(item.number)
+                        passed[item.json] += 1
+                        if passed[item.json] <= told[item.json]:
+                            continue
+                        told[item.json] += 1
                         event = _event(item.json)
                         if event is None:
                             continue
-                        # after a crash of the server the journal is written anew, and shifts
                         if event["event"] == "round":
                             if event["round"] <= last:
                                 continue
@@ -150,3 +161,14 @@ class Operator:
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             return RunFailed(diagnose(self.host, self.port, self.tls).text)
         return ConfigError(f"server {self.server}: {error.details()}")
+
+
+def _event(line: str) -> Event | None:
+    """The event in a line of a journal; None for one that was damaged."""
+    try:
+        event: Event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    return event if event["event"] != "round" or isinstance(event.get("round"), int) else None

@@ -4,6 +4,7 @@
     HEAD                           the last committed round, its digest, a checksum
     rounds/0003/global.safetensors the strategy's tensors
     rounds/0003/round.json         what happened in the round, and digests of the above
+    given-up.json                  attempts at a round that ended the run below its quorum
 
 A round exists if and only if HEAD, or the chain of digests from HEAD, names it. Commit
 writes every file to a temporary name, syncs it, renames it, syncs the folder, and replaces
@@ -26,6 +27,8 @@ from fedlora.adapter import Tensors
 from fedlora.errors import AdapterError, RunFolderError
 from fedlora.storage import file_above, storage_errors, sync_folder, write_atomic
 from fedlora.wire import decode_own, encode_json, encode_tensors, sha256
+
+GIVEN_UP = "given-up.json"
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,22 @@ class RunStore:
         text = encode_json({**entry, "entry_sha256": sha256(encode_json(entry))})
         write_atomic(target / "round.json", text)
         write_atomic(self.folder / "HEAD", _head_bytes(number, sha256(text)))
+
+    def give_up(self, number: int, attempts: int) -> None:
+        """Keeps that round `number` had so many attempts, none of which reached its quorum.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        write_atomic(self.folder / GIVEN_UP, encode_json({"round": number, "attempts": attempts}))
+
+    def first_attempt(self, number: int) -> int:
+        """The number of the next attempt at round `number`, after those that were given up."""
+        try:
+            kept = json.loads((self.folder / GIVEN_UP).read_bytes())
+            return int(kept["attempts"]) if kept["round"] == number else 0
+        except (OSError, ValueError, TypeError, KeyError):
+            return 0
 
     def load(self) -> Committed:
         """The last committed round whose files match their digests.

@@ -33,6 +33,9 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# characters of what a peer wrote that are passed on
+MOST_SHOWN = 500
+
 EXIT_USAGE = 2
 EXIT_FAILED = 3
 EXIT_BUDGET = 4
@@ -220,6 +223,19 @@ class UpdateRejected(FedloraError):
         self.client = client
         self.code = code
         self.detail = detail
+
+
+def shown(text: str, most: int = MOST_SHOWN) -> str:
+    """What a peer wrote, fit for a message, a journal or a terminal.
+
+    It is cut to `most` characters; what cannot be printed, an escape sequence among it, is spelt
+    out.
+    """
+    cut = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in cut
+    )
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:

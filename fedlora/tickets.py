@@ -24,7 +24,8 @@ from fedlora.storage import storage_errors, sync_folder
 
 KEY_BYTES = 32
 MAX_TICKET_BYTES = 4096
-MAX_CLIENT_BYTES = 256
+# 80 characters, of at most four bytes each
+MAX_CLIENT_BYTES = 320
 MAX_BLOB_BYTES = 2**40
 METADATA_KEY = "fedlora-ticket"
 RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -37,7 +38,7 @@ class Ticket:
     Attributes:
         run: lineage id of the run.
         round, attempt: of the task.
-        client: name of the client; at most 256 bytes of UTF-8.
+        client: name of the client; at most 320 bytes of UTF-8.
         node: Flower's node id of the client, unsigned 64 bits.
         direction: "up" for the client's reply, "down" for what the server offers.
         max_bytes: most bytes of one blob.

@@ -105,10 +105,10 @@ class Consortium(ConsortiumServicer):
         self._require(context, "operator")
         place = self._place(request.run, context)
         if place.outcome() is None:
+            place.end(Outcome("stopped", 130, "stopped by an operator"))
             Journal(place.events).append(
                 {"event": "failed", "exit_code": 130, "why": "stopped by an operator"}
             )
-            place.end(Outcome("stopped", 130, "stopped by an operator"))
         return pb.StopReply()
 
     def ListRuns(  # noqa: N802

@@ -26,6 +26,9 @@ def main(grid: Grid, context: Context) -> None:
         place = Home(Path(home)).place(run)
         # before the slow imports, so that the server sees at once that somebody is at work
         with place.working():
+            if place.outcome() is not None:
+                # stopped before this ServerApp was up
+                return
             from fedlora.server.hosted import work_on
 
             work_on(Home(Path(home)), place, grid)

@@ -18,6 +18,8 @@ from fedlora.wire import decode_broadcast, sha256
 # seconds between two looks at the disk, at Flower's replies, and at the nodes
 LOOK_S, PULL_S, NODES_S = 0.05, 0.3, 2.0
 LOOK_NODES_S = 0.25
+# a client that is restarted is back before that
+RETURN_S = 10.0
 
 
 @dataclass
@@ -89,10 +91,22 @@ class FlowerLink:
         self.emit = emit
         self._clocks = _Clocks()
         self._acknowledged: dict[str, list[str]] = {}
+        self._last: set[str] = set()
 
     def roster(self) -> Sequence[ClientInfo]:
-        """The clients that are there, after a bounded wait for enough of them."""
-        return self.gather(self.enough)
+        """The clients that are there, after a bounded wait for enough of them.
+
+        A client of the last round that is away is waited for a moment, so that one that is
+        restarted between two rounds changes nothing.
+        """
+        present = self.gather(self.enough)
+        ends = time.monotonic() + min(RETURN_S, self.patience_s)
+        while self._last - {client.name for client in present} and time.monotonic() < ends:
+            time.sleep(LOOK_NODES_S)
+            self.nodes.look()
+            present = self.nodes.present()
+        self._last = {client.name for client in present}
+        return present
 
     def gather(self, wanted: int) -> Sequence[ClientInfo]:
         """The clients that are there, after a bounded wait for so many."""
@@ -221,7 +235,8 @@ def _raw(data: bytes) -> Array:
 
 def _inline(reply: Message, bytes_down: int) -> ReceivedBytes:
     """The update in a reply of Flower; empty fields where it has none."""
-    manifest = reply.content.config_records.get(CONFIG, ConfigRecord()).get("manifest", b"")
+    fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
+    manifest = fields.get("manifest", b"")
     arrays = reply.content.array_records.get(PAYLOAD)
     payload = b"".join(array.data for array in arrays.values()) if arrays else b""
     return ReceivedBytes(manifest if isinstance(manifest, bytes) else b"", payload, bytes_down)

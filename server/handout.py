@@ -7,7 +7,7 @@ import torch
 
 from fedlora.adapter import AdapterState, split_name
 from fedlora.adapters.base import Basis
-from fedlora.errors import StrategyError, UpdateRejected
+from fedlora.errors import StrategyError, UpdateRejected, shown
 from fedlora.messages import (
     CONTROL,
     Broadcast,
@@ -182,7 +182,16 @@ class Handout:
             limits = self.run.settings.limits
             update = admit(reply.manifest, reply.payload, self.expected[reply.client], limits)
         except UpdateRejected as e:
-            self.reject(e)
+            self.rejected.append(
+                {
+                    "event": "rejected",
+                    "round": self.round,
+                    "client": e.client,
+                    "code": e.code,
+                    # part of it may be the client's own words
+                    "detail": shown(e.detail),
+                }
+            )
             return False
         # a packed or coded reply is kept at full rank in float32, so that all are read alike
         dense = reply.payload

@@ -15,7 +15,7 @@ from fedlora.config.job import Job
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
 from fedlora.data.own import CLIENTS, held_out_only
-from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed, StorageError
+from fedlora.errors import EXIT_FAILED, ConfigError, FedloraError, QuorumFailed, StorageError
 from fedlora.logs import configure_from_environment, log_context
 from fedlora.models.loaded import load
 from fedlora.server.blob_store import BlobStore
@@ -76,13 +76,17 @@ def work_on(home: Home, place: Place, grid: Grid) -> None:
         # the last commit may be older than this process
         if not any(event["event"] == "end" for event in journal.read()):
             emit({"event": "end", "round": job.federation.rounds})
-        place.end(Outcome("finished", 0))
+        # an operator may have stopped it meanwhile
+        if place.outcome() is None:
+            place.end(Outcome("finished", 0))
         store.remove_run(run)
 
 
 def _fail(place: Place, journal: MetricsLog, exit_code: int, why: str) -> None:
     # on a full disk neither may fit; then the run is tried again once there is space
     with suppress(StorageError):
+        if place.outcome() is not None:
+            return
         place.end(Outcome("failed", exit_code, why))
         journal.append({"event": "failed", "exit_code": exit_code, "why": why})
 
@@ -128,7 +132,9 @@ def deploy(
     loaded = load(here, held_out_only if job.data.source == CLIENTS else load_federated)
     run = Run(job, loaded, emit)
     mail = Mail(grid)
-    nodes = Nodes(mail, run.spec.rank, emit, equal_ranks=not run.strategy.hetero_rank)
+    # what is wrong with the job itself is no client's fault
+    run.check([run.spec.rank])
+    nodes = Nodes(mail, run.spec.rank, emit, partial(_misfit, run))
     wanted, enough = wanted_clients(job)
     link = FlowerLink(
         job_for_clients or dump_job(job),
@@ -148,7 +154,6 @@ def deploy(
             f"{job.federation.deadline_s:g} s; the quorum is {enough}{refused}. Start clients "
             "with: fedlora client, then continue with: fedlora resume"
         )
-    run.check([client.rank for client in clients])
     if (folder / "HEAD").is_file():
         store = RunStore.open(folder, job.digest())
     else:
@@ -161,6 +166,15 @@ def deploy(
         _finish(run, store, state, len(clients))
     finally:
         store.close()
+
+
+def _misfit(run: Run, rank: int) -> str:
+    """Why no client of this rank can take part, also one that comes later."""
+    try:
+        run.check([rank])
+    except ConfigError as e:
+        return str(e)
+    return ""
 
 
 def _evaluation(

@@ -10,6 +10,9 @@ from fedlora.storage import storage_errors, write_atomic
 
 Event = dict[str, Any]
 
+# what the last event of a run says
+ENDS = ("end", "failed")
+
 
 class Journal:
     """A file of events.
@@ -35,18 +38,14 @@ class Journal:
             file.write(line)
 
     def read(self) -> list[Event]:
-        """All whole lines."""
+        """All lines that are events."""
         events: list[Event] = []
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
             return events
         for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict):
+            if (event := decode_event(line)) is not None:
                 events.append(event)
         return events
 
@@ -60,6 +59,15 @@ class Journal:
         kept = [event for event in events if event.get("event") != "failed"]
         if kept != events:
             write_atomic(self.path, encode_events(kept))
+
+
+def decode_event(line: str | bytes) -> Event | None:
+    """The event in a line; None for half a line, or what is no event."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def _ends_line(file: BinaryIO) -> bool:

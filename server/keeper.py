@@ -91,6 +91,8 @@ class Keeper:
         if watch.flower_run:
             if not watch.taken and now - watch.since < START_S:
                 return
+            if not self._stop(watch):
+                return
             head = _head(place)
             watch.deaths = watch.deaths + 1 if head == watch.head else 1
             watch.head = head
@@ -99,14 +101,14 @@ class Keeper:
                 place.run,
                 extra={"run": place.run},
             )
-            self._stop(watch)
         if watch.deaths >= MOST_DEATHS:
             why = (
                 f"{watch.deaths} ServerApps in a row died without committing a round; their output "
                 f"is in {self.home.folder / 'logs'}. Continue the run with: fedlora resume"
             )
-            Journal(place.events).append({"event": "failed", "exit_code": EXIT_FAILED, "why": why})
+            # in this order, so that no journal ends before its run: `_tell` makes up for the rest
             place.end(Outcome("failed", EXIT_FAILED, why))
+            Journal(place.events).append({"event": "failed", "exit_code": EXIT_FAILED, "why": why})
             return
         try:
             watch.flower_run = self.control.start_run(place.run)
@@ -138,12 +140,15 @@ class Keeper:
                     {"event": "failed", "exit_code": outcome.exit_code, "why": outcome.detail}
                 )
 
-    def _stop(self, watch: _Watch) -> None:
+    def _stop(self, watch: _Watch) -> bool:
         try:
             self.control.stop_run(watch.flower_run)
         except RunFailed as e:
+            # asked again at the next look
             log.info("%s", e)
+            return False
         watch.flower_run, watch.taken = 0, False
+        return True
 
 
 def _head(place: Place) -> bytes:

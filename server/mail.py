@@ -1,17 +1,23 @@
 """Mail: messages to Flower's nodes and their replies, over a Grid that may be away for a while."""
 
+import logging
 import time
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message, Metadata
+from flwr.app.error import Error
+from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from fedlora.errors import RunFailed
+from fedlora.errors import RunFailed, shown
+
+log = logging.getLogger(__name__)
 
 # what Flower answers itself for a node that is off line, or a ClientApp that was killed
 AWAY = (
@@ -24,6 +30,9 @@ AWAY = (
 
 # a SuperLink that was killed is back before that, or an operator is needed
 AWAY_S = 120.0
+
+# replies that are asked for at one look, so that a look at many clients stays short
+MOST_PULLED = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Mail:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self._away_since: float | None = None
+        self._pulled_last = ""
 
     def nodes(self) -> list[NodeInfo] | None:
         """The nodes that are on line; None while the SuperLink is away."""
@@ -67,22 +77,33 @@ class Mail:
                 ids = [str(i or "") for i in self.grid.push_messages(batch)]
         return ids
 
-    def pull(self, ids: Collection[str]) -> dict[str, Message | Unreadable]:
+    def pull(self, ids: Collection[str]) -> dict[str, Message]:
         """The replies that are there, by the id of the message they answer.
 
-        One at a time: a reply that cannot be unpacked must not take the others with it. It
-        counts as an error of its sender.
+        One that cannot be read is given as a reply that has an error. Of many ids, each is
+        looked for at one of several calls.
         """
-        found: dict[str, Message | Unreadable] = {}
-        for message in ids:
-            with self._patience():
-                try:
-                    for reply in self.grid.pull_messages([message]):
-                        found[message] = reply
-                except httpx.HTTPError:
-                    raise
-                except Exception as e:  # whatever its bytes make Flower raise
-                    found[message] = Unreadable(type(e).__name__)
+        order = sorted(ids)
+        first = bisect_right(order, self._pulled_last)
+        replies: dict[str, Message] = {}
+        with self._patience():
+            # one by one: a Grid that fails to read a reply drops those it has pulled with it
+            for message in (order[first:] + order[:first])[:MOST_PULLED]:
+                self._pulled_last = message
+                replies.update((message, reply) for reply in self._pull(message))
+        return replies
+
+    def _pull(self, message: str) -> list[Message]:
+        try:
+            found = list(self.grid.pull_messages([message]))
+            for reply in found:
+                # a reply may come without either
+                assert reply.has_error() or reply.content is not None
+        except httpx.HTTPError:
+            raise
+        except Exception as e:
+            log.warning("the reply to message %s cannot be read", message, exc_info=True)
+            return [_unreadable(message, e)]
         return found
 
     @contextmanager
@@ -99,3 +120,19 @@ class Mail:
                 ) from e
         else:
             self._away_since = None
+
+
+def _unreadable(message: str, error: Exception) -> Message:
+    metadata = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=0,
+        reply_to_message_id=message,
+        group_id="",
+        created_at=time.time(),
+        ttl=0.0,
+        message_type="system",
+    )
+    why = f"its reply cannot be read ({type(error).__name__}: {shown(str(error))})"
+    return make_message(metadata, error=Error(ErrorCode.UNKNOWN, why))

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object per line, a projection of what was committed."""
 
 from fedlora.checkpoint import RunStore
-from fedlora.server.journal import Journal, encode_events
+from fedlora.server.journal import ENDS, Journal, encode_events
 from fedlora.storage import write_atomic
 
 
@@ -9,8 +9,11 @@ class MetricsLog(Journal):
     """A journal that is brought back to what the rounds' records say after a crash."""
 
     def reconcile(self, store: RunStore, head: int) -> None:
-        """Drops what was not committed, adds what was committed but not written."""
-        kept = [e for e in self.read() if e.get("round", 0) <= head and e.get("event") != "end"]
+        """Drops what was not committed, adds what was committed but not written.
+
+        What says that the run has ended goes too, for it is continued.
+        """
+        kept = [e for e in self.read() if e.get("round", 0) <= head and e["event"] not in ENDS]
         rounds = {e["round"] for e in kept if e.get("event") in ("start", "round")}
         for number in range(head + 1):
             record = store.record(number)

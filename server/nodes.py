@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedlora import __version__
-from fedlora.flower_records import CONFIG, QUERY, said
+from fedlora.errors import shown
+from fedlora.flower_records import CONFIG, QUERY, text
 from fedlora.server.journal import Event
 from fedlora.server.mail import AWAY, Mail, Unreadable
 from fedlora.strategies.base import ClientInfo
@@ -18,6 +19,8 @@ GREETING_S = 600.0
 MAX_NAME = 64
 # a node whose worker was not ready is greeted again after so many seconds
 GREET_AGAIN_S = 10.0
+# characters of a client's name, as at the door (Consortium.Join)
+MOST_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Seat:
 
     Attributes:
         node: Flower's id of the node.
-        rank: the largest rank the client can train; 0 for any.
+        rank: the client trains, at most that of the whole adapter.
     """
 
     node: int
@@ -43,16 +46,20 @@ class Nodes:
         mail: to the nodes.
         rank: rank of the whole adapter.
         emit: receives events about clients that are refused.
-        equal_ranks: all clients must train the whole rank.
+        misfit: why a client that trains this rank can take no part; empty when it can.
     """
 
     def __init__(
-        self, mail: Mail, rank: int, emit: Callable[[Event], None], *, equal_ranks: bool = False
+        self,
+        mail: Mail,
+        rank: int,
+        emit: Callable[[Event], None],
+        misfit: Callable[[int], str] = lambda rank: "",
     ) -> None:
         self.mail = mail
         self.rank = rank
         self.emit = emit
-        self.equal_ranks = equal_ranks
+        self.misfit = misfit
         self.seats: dict[str, Seat] = {}
         self._registered: dict[int, str] = {}
         # node -> its greeting (empty once it was answered), and when it may be greeted again
@@ -68,8 +75,8 @@ class Nodes:
             return
         nodes = {node.node_id: node.name for node in found}
         self._online = set(nodes)
-        # also of nodes that are away when their answer comes
-        self._registered.update({node: name for node, name in nodes.items() if name})
+        # never forgotten: the reply of a node that has gone off line is still its own
+        self._registered.update((node, name) for node, name in nodes.items() if name)
         now = time.monotonic()
         known = {seat.node for seat in self.seats.values()} | self._refused.keys()
         waiting = {node for node, (_, again) in self._greeted.items() if now < again}
@@ -84,7 +91,7 @@ class Nodes:
     def present(self) -> list[ClientInfo]:
         """The clients whose node is on line, by name."""
         return [
-            ClientInfo(name, min(seat.rank or self.rank, self.rank))
+            ClientInfo(name, seat.rank)
             for name, seat in sorted(self.seats.items())
             if seat.node in self._online
         ]
@@ -114,37 +121,42 @@ class Nodes:
         if error := said(fields, "error"):
             # its worker may come up yet: it is greeted again
             self._greeted[node] = ("", time.monotonic() + GREET_AGAIN_S)
-            self.emit({"event": "not-ready", "node": str(node), "why": error})
+            self.emit({"event": "not-ready", "node": str(node), "why": shown(error)})
             return
-        name, version = said(fields, "name"), said(fields, "version")
+        name, version = text(fields, "name"), text(fields, "version")
+        asked = fields.get("rank", 0)
+        # 0 is any
+        own = asked if isinstance(asked, int) and asked > 0 else self.rank
+        rank = min(own, self.rank)
         registered = self._registered.get(node)
         if version != __version__:
             self._refuse(
                 node,
-                f"client {name!r} runs fedlora {version or 'unknown'}, the server {__version__}; "
-                "install the same version on both",
+                f"client {shown(name, 80)!r} runs fedlora {shown(version, 40) or 'unknown'}, the "
+                f"server {__version__}; install the same version on both",
             )
         elif not name:
             self._refuse(node, "it gave no name; start it with: fedlora client --name NAME")
-        elif len(name) > MAX_NAME:
-            self._refuse(node, f"its name has {len(name)} characters; expected 1 to {MAX_NAME}")
+        elif len(name) > MOST_NAME or not name.isprintable():
+            self._refuse(
+                node,
+                f"it calls itself {shown(name, 80)!r}; expected at most {MOST_NAME} printable "
+                "characters",
+            )
         elif registered and registered != name:
-            self._refuse(node, f"it calls itself {name!r}, but its key belongs to {registered!r}")
+            self._refuse(
+                node,
+                f"it calls itself {shown(name, 80)!r}, but its key belongs to {registered!r}",
+            )
+        elif why := self.misfit(rank):
+            self._refuse(node, f"client {name!r}: {why}")
         else:
             # a client that was killed comes back as another node while the old one still counts
             # as on line, so the newest node is the client
-            found = fields.get("rank", 0)
-            rank = found if isinstance(found, int) and found > 0 else 0
-            if self.equal_ranks and 0 < rank < self.rank:
-                self._refuse(
-                    node,
-                    f"client {name!r} trains rank {rank} at most; the strategy needs rank "
-                    f"{self.rank} of everybody",
-                )
-                return
             self.seats[name] = Seat(node, rank)
             self.emit({"event": "joined", "client": name, "node": str(node)})
 
     def _refuse(self, node: int, why: str) -> None:
+        why = shown(why)
         self._refused[node] = why
         self.emit({"event": "refused", "node": str(node), "why": why})

@@ -6,12 +6,14 @@ link's business.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 from fedlora.checkpoint import Committed
-from fedlora.errors import BudgetExhausted, QuorumFailed, SecureAggregationError
+from fedlora.errors import QuorumFailed, StorageError
+from fedlora.seeds import generator
 from fedlora.server.handout import Handout
 from fedlora.server.link import BUDGET_EXHAUSTED
 from fedlora.server.merge import Received, Stopwatch, merge
@@ -48,8 +50,9 @@ def run_rounds(
 
 def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
     number, retries = state.round + 1, run.settings.retries
+    first = run.store.first_attempt(number)
     shortage = ""
-    for count in range(retries + 1):
+    for count in range(first, first + retries + 1):
         spool = Spool(run.store.folder / "spool.bin")
         timed = Stopwatch()
         try:
@@ -64,6 +67,9 @@ def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
             _stop_if_exhausted(handout, shortage)
         finally:
             spool.close()
+    # what clients sent for these attempts, and keep, is not asked for again
+    with suppress(StorageError):
+        run.store.give_up(number, first + retries + 1)
     raise QuorumFailed(
         f"round {number} failed after {retries + 1} attempts: {shortage}; the run stands at "
         f"round {state.round}. Bring clients back, then: fedlora "
@@ -76,8 +82,11 @@ def _collect(handout: Handout, timed: Stopwatch) -> tuple[Received | None, str]:
     run = handout.run
     with timed("broadcast"):
         roster = list(run.link.roster())
-        wanted, seed = run.settings.clients_per_round, run.settings.seed
-        chosen = choose(roster, wanted, seed, handout.round, handout.attempt)
+        chosen = _choose(run.settings, roster, handout.round, handout.attempt)
+        quorum = run.settings.quorum or max(run.settings.least, math.ceil(2 * len(chosen) / 3))
+        if len(chosen) < quorum:
+            # nobody works for a round that cannot be
+            return f"{len(chosen)} clients are there; the quorum is {quorum}"
         tasks, parts = handout.tasks(chosen)
     quorum = run.settings.quorum or max(run.settings.least, math.ceil(2 * len(chosen) / 3))
     if run.secure is not None:
@@ -91,8 +100,8 @@ def _collect(handout: Handout, timed: Stopwatch) -> tuple[Received | None, str]:
             handout.admit(reply)
     # in whatever order replies came, the record of the round is the same
     handout.rejected.sort(key=lambda event: str(event["client"]))
-    if len(handout.updates) >= max(1, quorum):
-        return _received(handout), ""
+    if len(handout.updates) >= quorum:
+        return ""
     why = ""
     if handout.rejected:
         first = handout.rejected[0]

@@ -147,7 +147,6 @@ class Run:
         *,
         evaluate: Evaluate | None,
         asynchronous: AsyncLink | None = None,
-        secure: SecureLink | None = None,
         least: int = 1,
         until: int | None = None,
     ) -> StrategyState:
@@ -158,8 +157,7 @@ class Run:
             link: the clients.
             evaluate: measures a state; None where there is nothing to measure on.
             asynchronous: the clients again, for federation.mode = "async".
-            secure: the clients again, for federation.secure_aggregation = true.
-            least: a round needs so many updates, and more where the job says so.
+            least: fewest updates of a round, where the job does not say.
 
         Raises:
             RunFailed: the run stopped early; see `run_rounds`.

@@ -1,6 +1,5 @@
 """Events of runs as they happen, read from the metrics.jsonl of their folders."""
 
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedlora.errors import RunFolderError
-from fedlora.server.journal import Event
+from fedlora.server.journal import ENDS, decode_event
 from fedlora.tickets import RUN
 
 POLL_S = 0.2
@@ -38,6 +37,9 @@ class RunEvents(Protocol):
 
     def follow(self, run: str, skip: int, stop: threading.Event) -> Iterator[NumberedEvent]:
         """The events of `run` from number `skip` on, until the run ends or `stop` is set.
+
+        When the run is continued and its journal written anew, all its events are told again,
+        from number 0.
 
         Args:
             run: lineage id; empty for the newest run.
@@ -83,8 +85,10 @@ def _lines(folder: Path, skip: int, stop: threading.Event) -> Iterator[tuple[int
         block = b""
         with suppress(FileNotFoundError), path.open("rb") as file:
             now = os.fstat(file.fileno())
-            # continuing an interrupted run replaces the file by one that begins the same
             if now.st_ino != inode or now.st_size < position:
+                # continuing an interrupted run replaces the file, in which any number may stand
+                # for another event: all are told anew
+                due = 0 if inode else skip
                 inode, number, position = now.st_ino, 0, 0
             file.seek(position)
             block = file.read(MAX_LINE_BYTES)
@@ -100,7 +104,8 @@ def _lines(folder: Path, skip: int, stop: threading.Event) -> Iterator[tuple[int
         if end:
             continue
         if inode:
-            # a continued run may have fewer lines than before: what comes next is new
+            # the file may have been replaced by a shorter one before the first look: what comes
+            # next is new
             due = min(due, number)
         if len(block) == MAX_LINE_BYTES:
             raise RunFolderError(f"{path} has a line of more than {MAX_LINE_BYTES} bytes")
@@ -108,16 +113,8 @@ def _lines(folder: Path, skip: int, stop: threading.Event) -> Iterator[tuple[int
 
 
 def _is_event(line: str | bytes) -> bool:
-    return _event(line) is not None
+    return decode_event(line) is not None
 
 
 def _is_end(line: str | bytes) -> bool:
-    return (_event(line) or {}).get("event") in ("end", "failed")
-
-
-def _event(line: str | bytes) -> Event | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
+    return (decode_event(line) or {}).get("event") in ENDS

@@ -4,6 +4,7 @@ import json
 import time
 import tomllib
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ from fedlora import __version__
 from fedlora.client import joining
 from fedlora.client.joining import join, new_node_key
 from fedlora.client.operator import Operator
+from fedlora.client.operator import _event as decoded
 from fedlora.config.job import Job
 from fedlora.errors import (
     CertificateError,
@@ -31,8 +33,9 @@ from fedlora.server.blob_store import BlobStore
 from fedlora.server.consortium import Consortium
 from fedlora.server.exchange import ExchangeServer
 from fedlora.server.home import Home, Outcome
-from fedlora.server.journal import Journal
+from fedlora.server.journal import Journal, encode_events
 from fedlora.server.run_events import FollowedFolders
+from fedlora.storage import write_atomic
 from fedlora.tls import TlsFiles
 
 
@@ -213,6 +216,79 @@ def test_a_run_is_followed_to_its_end(served):
     journal.append({"event": "waiting"})
     journal.append({"event": "failed", "exit_code": 3, "why": "nobody came"})
     assert [e["event"] for e in served.operator.follow(run)] == ["waiting", "failed"]
+
+
+BEFORE = [{"event": "start"}, {"event": "round", "round": 1}, {"event": "rejected", "round": 2}]
+AFTER = [
+    *BEFORE[:2],
+    {"event": "resume", "round": 1},
+    {"event": "round", "round": 2},
+    {"event": "end", "round": 2},
+]
+
+
+def followed(served, rewrite, wait=lambda seconds: None):
+    """What is told of a run whose journal is written anew after three events."""
+    run = served.operator.submit(toml())
+    place = served.home.place(run)
+    for event in BEFORE:
+        Journal(place.events).append(event)
+    operator = Operator(served.address, served.operator.tls, lambda seconds: wait(place))
+    told = operator.follow(run)
+    first = list(islice(told, len(BEFORE)))
+    rewrite(place)
+    return [*first, *told]
+
+
+def test_each_event_of_a_run_that_is_continued_is_told_once(served):
+    """The new journal has other events under the numbers that were told."""
+    assert followed(served, lambda place: write_atomic(place.events, encode_events(AFTER))) == [
+        *BEFORE,
+        *AFTER[2:],
+    ]
+
+
+def test_each_event_is_told_once_also_when_the_server_was_away(served):
+    def leave(place):
+        write_atomic(place.events, encode_events(AFTER))
+        place.path.rename(place.path.with_name("away"))
+
+    def come_back(place):
+        place.path.with_name("away").rename(place.path)
+
+    assert followed(served, leave, come_back) == [*BEFORE, *AFTER[2:]]
+
+
+def test_events_that_come_again_are_told_again(served):
+    run = served.operator.submit(toml())
+    journal = Journal(served.home.place(run).events)
+    events = [{"event": "waiting", "clients": []}] * 3 + [{"event": "end", "round": 0}]
+    for event in events:
+        journal.append(event)
+    assert list(served.operator.follow(run)) == events
+
+
+def test_who_follows_a_run_passes_over_what_is_no_event():
+    for line in ('{"event": "rou', "[1]", "{}", '{"event": 1}', '{"event": "round"}', "[" * 10**5):
+        assert decoded(line) is None
+    assert decoded('{"event": "round", "round": 1}') == {"event": "round", "round": 1}
+
+
+def test_a_stop_between_outcome_and_journal_leaves_no_end_of_a_run_that_goes_on(
+    served, monkeypatch
+):
+    """Whatever was written last before a crash, the journal never ends before its run."""
+    run = served.operator.submit(toml())
+    place, orders = served.home.place(run), []
+    real = Journal.append
+
+    def append(journal, event):
+        orders.append(place.outcome())
+        real(journal, event)
+
+    monkeypatch.setattr(Journal, "append", append)
+    served.operator.stop(run)
+    assert [outcome.state for outcome in orders] == ["stopped"]
 
 
 def test_a_failed_run_is_taken_up_again_and_a_finished_one_is_not(served):

@@ -260,6 +260,169 @@ def test_an_update_is_acknowledged_with_the_next_work(store):
     assert list(fields["acknowledged"]) == [sha256(task("ann").manifest)]
 
 
+class Unreadable:
+    """A reply that a Grid drops, with all it has pulled, and cannot make into a message."""
+
+
+class StrictGrid(PlayedGrid):
+    def pull_messages(self, ids):
+        found = super().pull_messages(ids)
+        if any(isinstance(reply, Unreadable) for reply in found):
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        return found
+
+
+def test_a_reply_that_cannot_be_read_is_its_clients_fault_alone(store):
+    grid = StrictGrid(ann=0, bob=0, cyd=0)
+
+    def act(grid, message):
+        node = message.metadata.dst_node_id
+        return Unreadable() if node == 11 else answer(message, {"error": f"node {node}"})
+
+    grid.act = act
+    link = link_of(grid, store)
+    link.gather(3)
+    replies = exchanged(link, "ann", "bob", "cyd")
+    assert (replies["ann"].error, replies["cyd"].error) == ("node 10", "node 12")
+    assert "its reply cannot be read (UnicodeDecodeError" in replies["bob"].error
+
+
+def test_a_greeting_whose_answer_cannot_be_read_keeps_nobody_else_out(store):
+    grid, events = StrictGrid(ann=0, bob=0), []
+    link = link_of(grid, store, events)
+    real = grid.push_messages
+
+    def push(messages):
+        ids = real(messages)
+        for name, message in zip(ids, messages, strict=True):
+            if message.metadata.dst_node_id == 10:
+                grid.replies[name] = Unreadable()
+        return ids
+
+    grid.push_messages = push
+    assert [client.name for client in link.gather(1)] == ["bob"]
+    assert "cannot be read" in link.nodes.refusals()[10]
+
+
+def test_of_many_replies_each_is_looked_for():
+    grid = PlayedGrid(**{f"c{k:03d}": 0 for k in range(150)})
+    nodes = Nodes(Mail(grid), 8, lambda event: None)
+    for _ in range(3):
+        nodes.look()
+    assert len(nodes.present()) == 150
+
+
+def test_without_an_exchange_a_reply_without_our_record_is_an_empty_one(store):
+    grid = PlayedGrid(ann=0)
+
+    def act(grid, message):
+        reply = answer(message, {})
+        del reply.content[CONFIG]
+        return reply
+
+    grid.act = act
+    link = link_of(grid, store)
+    link.offers = None
+    link.gather(1)
+    reply = exchanged(link, "ann")["ann"]
+    assert (reply.manifest, reply.payload) == (b"", b"")
+
+
+def test_a_node_that_answers_when_it_is_off_line_gets_no_other_clients_seat(store):
+    """Its heartbeat lapses after it was greeted; its key was registered for ann."""
+    grid, events = PlayedGrid(ann=0), []
+    grid.nodes[10] = "ann"
+    held, real = {}, grid.pull_messages
+    grid.pull_messages = lambda ids: []
+    link = link_of(grid, store, events)
+    grid.says[10]["name"] = "bob"
+    link.nodes.look()
+    held, grid.nodes = dict(grid.nodes), {}
+    grid.pull_messages = real
+    link.nodes.look()
+    grid.nodes = held
+    link.nodes.look()
+    assert link.nodes.seats == {}
+    assert "its key belongs to 'ann'" in link.nodes.refusals()[10]
+
+
+@pytest.mark.parametrize("name", ["x" * 81, "two\nlines", "\x1b[2J"])
+def test_a_name_that_cannot_be_a_clients_is_refused_and_not_passed_on(store, name):
+    grid, events = PlayedGrid(ann=0), []
+    grid.says[10]["name"] = name
+    link = link_of(grid, store, events)
+    assert link.gather(1) == []
+    [refused] = [event for event in events if event["event"] == "refused"]
+    assert "expected at most 80 printable characters" in refused["why"]
+    assert refused["why"].isprintable()
+
+
+def test_the_longest_name_fits_a_ticket(store):
+    name = "\U0001f984" * 80
+    grid = PlayedGrid(**{name: 0})
+    grid.act = lambda grid, message: upload(store, message)
+    link = link_of(grid, store)
+    link.gather(1)
+    assert exchanged(link, name)[name].payload == b"the update"
+
+
+@pytest.mark.parametrize("what", ["error", "version", "name"])
+def test_what_a_node_says_is_cut_and_made_printable(store, what):
+    grid, events = PlayedGrid(ann=0), []
+    grid.says[10][what] = "\x1b[31m" + "x" * 2_000_000
+    link_of(grid, store, events).gather(1)
+    [why] = [e["why"] for e in events if e["event"] in ("refused", "not-ready")]
+    assert len(why) < 1000
+    assert why.isprintable()
+
+
+def test_a_node_of_an_unfit_rank_is_refused_whenever_it_comes(store):
+    grid, events = PlayedGrid(ann=8), []
+    link = link_of(grid, store, events)
+    link.nodes.misfit = lambda rank: "" if rank == 8 else f"no rank {rank}"
+    assert len(link.gather(1)) == 1
+    grid.nodes[20] = ""
+    grid.says[20] = {"name": "bob", "version": __version__, "rank": 2}
+    assert [client.name for client in link.roster()] == ["ann"]
+    assert link.nodes.refusals()[20] == "client 'bob': no rank 2"
+
+
+def test_a_client_that_is_restarted_between_two_rounds_is_waited_for(store):
+    grid = PlayedGrid(ann=0, bob=0)
+    link = link_of(grid, store)
+    link.patience_s = 60.0
+    link.gather(2)
+    assert len(link.roster()) == 2
+    away, looks, real = grid.nodes.pop(11), [], grid.get_nodes
+
+    def get_nodes():
+        looks.append(1)
+        if len(looks) == 3:
+            grid.nodes[21], grid.says[21] = away, grid.says[11]
+        return real()
+
+    grid.get_nodes = get_nodes
+    assert [client.name for client in link.roster()] == ["ann", "bob"]
+    assert link.nodes.seats["bob"].node == 21
+
+
+def test_a_client_that_has_left_is_waited_for_once(store, monkeypatch):
+    monkeypatch.setattr("fedlora.server.flower_link.RETURN_S", 0.3)
+    grid = PlayedGrid(ann=0, bob=0)
+    link = link_of(grid, store)
+    link.patience_s = 60.0
+    link.gather(2)
+    link.roster()
+    del grid.nodes[11]
+    looks, real = [], grid.get_nodes
+    grid.get_nodes = lambda: looks.append(1) or real()
+    assert len(link.roster()) == 1
+    assert len(looks) > 1
+    looks.clear()
+    assert len(link.roster()) == 1
+    assert len(looks) == 1
+
+
 @pytest.mark.parametrize("clients", [8, 64])
 def test_one_update_at_a_time_is_in_memory(store, clients):
     size = 1 << 20

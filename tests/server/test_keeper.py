@@ -18,13 +18,17 @@ class Control:
     def __init__(self):
         self.started, self.stopped, self.is_away = [], [], False
 
-    def start_run(self, run):
+    def _check(self):
         if self.is_away:
             raise RunFailed("away")
+
+    def start_run(self, run):
+        self._check()
         self.started.append(run)
         return len(self.started)
 
     def stop_run(self, flower_run):
+        self._check()
         self.stopped.append(flower_run)
 
 
@@ -123,6 +127,32 @@ def test_a_superlink_that_is_away_is_asked_again(kept):
     control.is_away = False
     keeper.tend()
     assert control.started == [place.run]
+
+
+def test_a_stop_that_does_not_arrive_is_asked_again(kept):
+    keeper, control, place, _ = kept
+    keeper.tend()
+    place.end(Outcome("stopped", 130))
+    control.is_away = True
+    keeper.tend()
+    control.is_away = False
+    for _ in range(3):
+        keeper.tend()
+    assert control.stopped == [1]
+
+
+def test_a_superlink_that_is_away_is_no_death_of_a_serverapp(kept):
+    keeper, control, place, _ = kept
+    keeper.tend()
+    with place.working():
+        keeper.tend()
+    control.is_away = True
+    for _ in range(3 * MOST_DEATHS):
+        keeper.tend()
+    assert place.outcome() is None
+    control.is_away = False
+    keeper.tend()
+    assert (control.started, control.stopped) == ([place.run] * 2, [1])
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"event": "fai'])

@@ -192,6 +192,66 @@ def test_too_few_updates_stop_the_run_and_the_round_stands(make):
     assert standing(run) == 3
 
 
+def test_what_a_client_says_is_cut_and_made_printable_before_it_is_an_event(make):
+    run = make(rounds=1)
+    error = "\x1b[31m" + "x" * 2_000_000
+    run.link.twist = lambda reply, plan: (
+        [Reply(reply.client, b"", b"", 7, 1.0, error)] if plan.client == "bob" else [reply]
+    )
+    run.go()
+    [detail] = [event["detail"] for event in run.events if event["event"] == "rejected"]
+    assert detail.startswith("\\x1b[31mxxx")
+    assert len(detail) < 1000
+    assert detail.isprintable()
+
+
+def test_a_run_that_is_taken_up_again_asks_for_new_updates(make):
+    """Work of attempts that were given up has other manifests, so nobody sends it again."""
+    run = make(rounds=2, retries=1)
+    run.go(until=1)
+    run.link.twist = lambda reply, plan: [replace(reply, payload=b"")]
+    for attempts in ([0, 1], [2, 3]):
+        before = len(run.events)
+        with pytest.raises(QuorumFailed, match="failed after 2 attempts"):
+            run.go()
+        assert [e["attempt"] for e in run.events[before:] if e["event"] == "abandoned"] == attempts
+    run.link.twist = lambda reply, plan: [reply]
+    run.go()
+    assert run.rounds()[-1]["round"] == 2
+    assert run.store.load().record["attempt"] == 4
+    # four clients in each of: round 1, four attempts that were given up, and the last
+    assert len(run.link.manifests) == len(set(run.link.manifests)) == 24
+    assert run.store.first_attempt(3) == 0
+
+
+@pytest.mark.parametrize(
+    ("present", "settings", "quorum"),
+    [
+        # of six that were waited for four are enough, and of six that came
+        (4, {"least": 4}, 4),
+        (3, {"least": 4}, None),
+        (4, {"least": 2}, 3),
+        (4, {"least": 4, "quorum": 2}, 2),
+        (1, {"quorum": 2}, None),
+    ],
+)
+def test_the_quorum_is_of_those_chosen_and_no_less_than_asked(make, present, settings, quorum):
+    run = make(rounds=1, retries=0, **settings)
+    for name in NAMES[present:]:
+        run.link.ranks.pop(name)
+    run.link.twist = lambda reply, plan: (
+        [reply] if quorum is None or plan.client in NAMES[: quorum - 1] else []
+    )
+    with pytest.raises(QuorumFailed, match=f"the quorum is {quorum or ''}"):
+        run.go()
+    # nobody works for a round that cannot be
+    assert len(run.link.manifests) == (0 if quorum is None else present)
+    if quorum is not None:
+        run.link.twist = lambda reply, plan: [reply] if plan.client in NAMES[:quorum] else []
+        run.go()
+        assert standing(run) == 1
+
+
 def test_a_round_is_tried_again_with_the_next_attempt(make):
     run = make(rounds=1)
     run.link.twist = lambda reply, plan: [reply] if plan.attempt else []
