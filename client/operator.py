@@ -28,15 +28,6 @@ AWAY_S = 120.0
 Event = dict[str, Any]
 
 
-def _event(text: str) -> Event | None:
-    """An event as the server keeps it; None for half a line."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "event" in found else None
-
-
 class Operator:
     """A server, as its operator sees it.
 

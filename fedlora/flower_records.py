@@ -24,8 +24,6 @@ QUERY = "query"
 # "safetensors": what the arrays are, which Flower carries without looking into them
 STYPE = "safetensors"
 
-MAX_TEXT = 600
-
 # of a SuperNode's node config
 NAME = "name"
 WORKER_SOCKET = "worker-socket"
@@ -38,16 +36,6 @@ def text(fields: Mapping[str, Any], key: str) -> str:
     """A text of a record that a peer sent; empty when there is none."""
     value = fields.get(key, "")
     return value if isinstance(value, str) else ""
-
-
-def said(fields: Mapping[str, Any], key: str) -> str:
-    """A text that a peer sent for people to read; empty when there is none.
-
-    It ends up in logs and on terminals: it is cut, and what does not print is escaped.
-    """
-    value = text(fields, key)
-    cut = value if len(value) <= MAX_TEXT else f"{value[:MAX_TEXT]}..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def data(fields: Mapping[str, Any], key: str) -> bytes:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, said
+from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, text
 from fedlora.server.journal import Event
 from fedlora.server.link import BUDGET_EXHAUSTED, Reply, Task
-from fedlora.server.mail import AWAY, Mail, Unreadable
+from fedlora.server.mail import AWAY, Mail
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers, ReceivedBytes
 from fedlora.strategies.base import ClientInfo
@@ -171,12 +171,6 @@ class FlowerLink:
         for message, reply in self.mail.pull(asked).items():
             client = asked[message]
             task, down = waiting[client].task, 0
-            if isinstance(reply, Unreadable):
-                del waiting[client]
-                seconds = time.monotonic() - started
-                why = f"its reply cannot be read ({reply.why})"
-                yield Reply(client, b"", b"", len(task.manifest), seconds, error=why)
-                continue
             waiting[client].reply = reply
             error, code = "", ""
             if reply.has_error() and reply.error.code in AWAY:
@@ -188,7 +182,7 @@ class FlowerLink:
                 error, code = f"its ClientApp failed: {reply.error.reason}", "FLOWER"
             else:
                 fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
-                error, code = said(fields, "error"), said(fields, "code")
+                error, code = text(fields, "error"), text(fields, "code")
                 number = fields.get("bytes_down", 0)
                 down = number if isinstance(number, int) and 0 <= number < 2**62 else 0
             if error:

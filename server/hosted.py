@@ -15,7 +15,7 @@ from fedlora.config.job import Job
 from fedlora.config.load import dump_job, load_job
 from fedlora.data.federated import load_federated
 from fedlora.data.own import CLIENTS, held_out_only
-from fedlora.errors import EXIT_FAILED, ConfigError, FedloraError, QuorumFailed, StorageError
+from fedlora.errors import EXIT_FAILED, FedloraError, QuorumFailed, StorageError
 from fedlora.logs import configure_from_environment, log_context
 from fedlora.models.loaded import load
 from fedlora.server.blob_store import BlobStore
@@ -134,7 +134,7 @@ def deploy(
     mail = Mail(grid)
     # what is wrong with the job itself is no client's fault
     run.check([run.spec.rank])
-    nodes = Nodes(mail, run.spec.rank, emit, partial(_misfit, run))
+    nodes = Nodes(mail, run.spec.rank, emit, run.misfit)
     wanted, enough = wanted_clients(job)
     link = FlowerLink(
         job_for_clients or dump_job(job),
@@ -154,6 +154,7 @@ def deploy(
             f"{job.federation.deadline_s:g} s; the quorum is {enough}{refused}. Start clients "
             "with: fedlora client, then continue with: fedlora resume"
         )
+    run.check([client.rank for client in clients])
     if (folder / "HEAD").is_file():
         store = RunStore.open(folder, job.digest())
     else:
@@ -166,15 +167,6 @@ def deploy(
         _finish(run, store, state, len(clients))
     finally:
         store.close()
-
-
-def _misfit(run: Run, rank: int) -> str:
-    """Why no client of this rank can take part, also one that comes later."""
-    try:
-        run.check([rank])
-    except ConfigError as e:
-        return str(e)
-    return ""
 
 
 def _evaluation(

@@ -5,7 +5,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import httpx
 from flwr.app import Message, Metadata
@@ -33,17 +32,6 @@ AWAY_S = 120.0
 
 # replies that are asked for at one look, so that a look at many clients stays short
 MOST_PULLED = 64
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands for a reply whose bytes Flower cannot unpack.
-
-    Attributes:
-        why: the kind of the error.
-    """
-
-    why: str
 
 
 class Mail:

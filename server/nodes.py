@@ -10,7 +10,7 @@ from fedlora import __version__
 from fedlora.errors import shown
 from fedlora.flower_records import CONFIG, QUERY, text
 from fedlora.server.journal import Event
-from fedlora.server.mail import AWAY, Mail, Unreadable
+from fedlora.server.mail import AWAY, Mail
 from fedlora.strategies.base import ClientInfo
 
 # a node answers a greeting once it is done with what it does, if it takes no longer than this
@@ -108,17 +108,14 @@ class Nodes:
         content = RecordDict({CONFIG: ConfigRecord({"version": __version__})})
         return Message(content, node, QUERY, ttl=GREETING_S)
 
-    def _take(self, node: int, reply: Message | Unreadable) -> None:
-        if isinstance(reply, Unreadable):
-            self._refuse(node, f"its reply cannot be read ({reply.why})")
-            return
+    def _take(self, node: int, reply: Message) -> None:
         if reply.has_error() and reply.error.code in AWAY:
             return
         if reply.has_error():
             self._refuse(node, f"its ClientApp failed: {reply.error.reason}")
             return
         fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
-        if error := said(fields, "error"):
+        if error := text(fields, "error"):
             # its worker may come up yet: it is greeted again
             self._greeted[node] = ("", time.monotonic() + GREET_AGAIN_S)
             self.emit({"event": "not-ready", "node": str(node), "why": shown(error)})

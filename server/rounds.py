@@ -6,14 +6,13 @@ link's business.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 from fedlora.checkpoint import Committed
-from fedlora.errors import QuorumFailed, StorageError
-from fedlora.seeds import generator
+from fedlora.errors import BudgetExhausted, QuorumFailed, SecureAggregationError, StorageError
 from fedlora.server.handout import Handout
 from fedlora.server.link import BUDGET_EXHAUSTED
 from fedlora.server.merge import Received, Stopwatch, merge
@@ -50,8 +49,8 @@ def run_rounds(
 
 def _run_round(run: RunParts, state: StrategyState) -> StrategyState:
     number, retries = state.round + 1, run.settings.retries
-    first = run.store.first_attempt(number)
     shortage = ""
+    first = run.store.first_attempt(number)
     for count in range(first, first + retries + 1):
         spool = Spool(run.store.folder / "spool.bin")
         timed = Stopwatch()
@@ -82,13 +81,13 @@ def _collect(handout: Handout, timed: Stopwatch) -> tuple[Received | None, str]:
     run = handout.run
     with timed("broadcast"):
         roster = list(run.link.roster())
-        chosen = _choose(run.settings, roster, handout.round, handout.attempt)
+        wanted, seed = run.settings.clients_per_round, run.settings.seed
+        chosen = choose(roster, wanted, seed, handout.round, handout.attempt)
         quorum = run.settings.quorum or max(run.settings.least, math.ceil(2 * len(chosen) / 3))
         if len(chosen) < quorum:
             # nobody works for a round that cannot be
-            return f"{len(chosen)} clients are there; the quorum is {quorum}"
+            return None, f"{len(chosen)} clients are there; the quorum is {quorum}"
         tasks, parts = handout.tasks(chosen)
-    quorum = run.settings.quorum or max(run.settings.least, math.ceil(2 * len(chosen) / 3))
     if run.secure is not None:
         with timed("clients"):
             try:
@@ -100,8 +99,8 @@ def _collect(handout: Handout, timed: Stopwatch) -> tuple[Received | None, str]:
             handout.admit(reply)
     # in whatever order replies came, the record of the round is the same
     handout.rejected.sort(key=lambda event: str(event["client"]))
-    if len(handout.updates) >= quorum:
-        return ""
+    if len(handout.updates) >= max(1, quorum):
+        return _received(handout), ""
     why = ""
     if handout.rejected:
         first = handout.rejected[0]

@@ -15,7 +15,7 @@ from fedlora.compress import agreed
 from fedlora.config.job import Job
 from fedlora.config.load import dump_job
 from fedlora.data.example import Example
-from fedlora.errors import RunFolderError
+from fedlora.errors import ConfigError, RunFolderError
 from fedlora.evaluate import evaluate, exact_match
 from fedlora.models.loaded import Loaded
 from fedlora.privacy.client_level import Terms
@@ -74,7 +74,21 @@ class Run:
         """
         job = self.job
         check_private(job)
-        given = Conditions(
+        given = self._conditions(ranks)
+        check_strategy(self.strategy, given)
+        self._terms = client_terms(job, self.strategy, given)
+
+    def misfit(self, rank: int) -> str:
+        """Why a client of this rank can take no part; empty when it can."""
+        try:
+            check_strategy(self.strategy, self._conditions([rank]))
+        except ConfigError as e:
+            return str(e)
+        return ""
+
+    def _conditions(self, ranks: Sequence[int]) -> Conditions:
+        job = self.job
+        return Conditions(
             self.spec,
             list(ranks),
             clients_per_round=job.federation.clients_per_round,
@@ -86,8 +100,6 @@ class Run:
             compression=agreed(job.compression),
             secure=job.federation.secure_aggregation,
         )
-        check_strategy(self.strategy, given)
-        self._terms = client_terms(job, self.strategy, given)
 
     def create(self, folder: Path, facts: Mapping[str, Any], run_id: str | None = None) -> RunStore:
         """Creates the run folder with round 0 and reports the start.
@@ -147,6 +159,7 @@ class Run:
         *,
         evaluate: Evaluate | None,
         asynchronous: AsyncLink | None = None,
+        secure: SecureLink | None = None,
         least: int = 1,
         until: int | None = None,
     ) -> StrategyState:
@@ -157,7 +170,8 @@ class Run:
             link: the clients.
             evaluate: measures a state; None where there is nothing to measure on.
             asynchronous: the clients again, for federation.mode = "async".
-            least: fewest updates of a round, where the job does not say.
+            secure: the clients again, for federation.secure_aggregation = true.
+            least: a round needs so many updates, and more where the job says so.
 
         Raises:
             RunFailed: the run stopped early; see `run_rounds`.

@@ -30,7 +30,8 @@ class RoundSettings:
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
         compression: how tensors travel.
-        least: what the quorum is at least, when `quorum` is None.
+        least: quorum that holds for a None, however few were chosen.
+        secure_bits: size of masked integers; with `RunParts.secure` alone.
     """
 
     seed: int
@@ -47,6 +48,7 @@ class RoundSettings:
     limits: Limits
     compression: Compression = UNCOMPRESSED
     least: int = 1
+    secure_bits: int = 64
 
 
 @dataclass(frozen=True)
