@@ -41,7 +41,13 @@ class CentralRecord(PrivacyRecord):
         return float(self._found.get("noise_multiplier", self.terms.noise_multiplier))
 
     def note(
-        self, *, clip: float, noise_multiplier: float, next_clip: float, steps: int, epsilon: float
+        self,
+        *,
+        clip: float,
+        noise_multiplier: float,
+        next_clip: float,
+        steps: int,
+        epsilon: float | None,
     ) -> None:
         """Takes in what a round did.
 
@@ -49,15 +55,14 @@ class CentralRecord(PrivacyRecord):
             clip, noise_multiplier: S and z of the round.
             next_clip: S of the next one.
             steps: rounds that were paid so far.
-            epsilon: that they spent.
+            epsilon: that they spent; None where nothing is promised.
         """
         self._found = {
             "clip": clip,
             "noise_multiplier": noise_multiplier,
             "next_clip": next_clip,
             "steps": steps,
-            # what a known seed drew hides nothing
-            "epsilon": epsilon if self.terms.private else None,
+            "epsilon": epsilon,
         }
 
     def add(self, updates: Iterable[ClientUpdate]) -> None:

@@ -230,12 +230,14 @@ class PrivateRounds:
         next_clip = given.clip
         if self.terms.adaptive:
             next_clip = AdaptiveClip().next_clip(given.clip, given.within)
+        # what a known seed drew hides nothing
+        spent = self.ledger.epsilon(accountant=ACCOUNTANT) if self.terms.private else None
         self.record.note(
             clip=given.clip,
             noise_multiplier=given.noise_multiplier,
             next_clip=next_clip,
             steps=sum(event.steps for event in self.ledger.charged()),
-            epsilon=self.ledger.epsilon(accountant=ACCOUNTANT),
+            epsilon=spent,
         )
 
     def _received(self, frame: Frame, given: Given) -> Received:
