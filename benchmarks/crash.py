@@ -1,6 +1,6 @@
 """The kill -9 campaign with its figures: the real store and a naive one.
 
-PYTHONPATH=. python benchmarks/crash.py [--trials 25] [--out benchmarks/results/crash.md]
+PYTHONPATH=. python benchmarks/crash.py [--trials 50] [--out benchmarks/results/crash.md]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tests.faults.crash import ROUNDS, NaiveStore, create, drive, run_trial
 def main() -> None:
     """Runs the campaign and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=25)
+    parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/crash.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)

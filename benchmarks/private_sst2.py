@@ -31,7 +31,7 @@ from fedlora.simulation.federation import Federation
 
 STRATEGIES = ("fedit", "ffa-lora")
 EPSILONS = (None, 6.0, 1.0)
-GRID = (5e-4, 2e-3, 8e-3)
+GRID = (2e-3, 1e-2)
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 CLIENTS, ROUNDS, STEPS, BATCH = 3, 10, 10, 16

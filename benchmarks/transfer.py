@@ -276,7 +276,7 @@ def summary(given: argparse.Namespace) -> dict[str, Any]:
 
 def report(record: dict[str, Any]) -> str:
     """The figures as markdown."""
-    from fedlora.simulation.federation import machine
+    from fedlora.server.machine import machine
 
     def median(case: str, field: str) -> float:
         return statistics.median(found[field] for found in record["passes"][case])

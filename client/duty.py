@@ -13,6 +13,7 @@ from fedlora.client.parts import Parts
 from fedlora.client.policy import Policy
 from fedlora.client.private import SitePrivacy
 from fedlora.client.resident import Resident
+from fedlora.client.runs import Runs
 from fedlora.client.site import site_for
 from fedlora.config.job import Job
 from fedlora.data.federated import ClientData
@@ -102,6 +103,7 @@ class Duty:
         self.connect = connect
         self.policy = policy
         self.outbox = Outbox(folder / "outbox")
+        self.runs = Runs(folder / "runs")
 
     def do(self, order: Order, say: Say) -> Answer:
         """Answers an order.
@@ -145,7 +147,7 @@ class Duty:
             first_step = first_step or time.monotonic() - started
             say("training", done, planned)
 
-        own = self.folder / "runs" / plan.run
+        own = self.runs.use(plan.run)
         parts = Parts(own / "parts")
         with Courier(order, parts, self.connect, self.policy) as courier:
             kept = self.outbox.find(order.key)
@@ -154,6 +156,8 @@ class Duty:
                 update = self._train(order, here, own, courier, say, progress)
                 parts.prune(set(order.broadcast.parts.values()))
                 kept = self.outbox.keep(order.key, *encode_update(update))
+                if plan.round >= here.federation.rounds:
+                    self.runs.finish(plan.run)
             say("sending", 0, 0)
             payload = courier.send(kept)
             return Answer(

@@ -21,8 +21,15 @@ from fedlora.tls import Credentials, TlsFiles
 
 CALL_S = 20.0
 
-# the server will answer otherwise later, without anybody changing anything
-PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+# the server has looked at this client and will not have it; anything else may pass
+REFUSALS = (
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,12 @@ def join(
         try:
             reply = ConsortiumStub(opened).Join(request, timeout=CALL_S)
         except grpc.RpcError as e:
-            if e.code() not in PASSING:
+            if e.code() in REFUSALS:
                 raise JoinRefused(f"server {server} refuses this client: {e.details()}") from e
             found = diagnose(host, port, tls)
-            raise (JoinRefused if found.lasting else JoinDelayed)(found.text) from e
+            if found.lasting:
+                raise JoinRefused(found.text) from e
+            raise JoinDelayed(f"{found.text}; the server says: {e.details()}") from e
     if reply.version != __version__:
         raise JoinRefused(
             f"server {server} runs fedlora {reply.version!r}, this client {__version__!r}; "

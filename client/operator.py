@@ -27,6 +27,15 @@ AWAY_S = 120.0
 Event = dict[str, Any]
 
 
+def _event(text: str) -> Event | None:
+    """An event as the server keeps it; None for half a line."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "event" in found else None
+
+
 class Operator:
     """A server, as its operator sees it.
 
@@ -89,7 +98,9 @@ class Operator:
                     request = exchange.WatchRequest(run=run, skip=seen)
                     for item in DeltaExchangeStub(opened).Watch(request):
                         seen, away_since = int(item.number) + 1, 0.0
-                        event: Event = json.loads(item.json)
+                        event = _event(item.json)
+                        if event is None:
+                            continue
                         # after a crash of the server the journal is written anew, and shifts
                         if event["event"] == "round":
                             if event["round"] <= last:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+from pathlib import Path
 
 import torch
 
@@ -71,6 +72,15 @@ class Resident:
             trim(0)
 
 
+def _written(source: Path) -> list[tuple[str, int, int, int]]:
+    """When the files of a source were written; a file that was changed must be read anew."""
+    if not source.exists():
+        return []
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    found = [(str(file), file.stat()) for file in files if file.is_file()]
+    return [(name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in found]
+
+
 def _key(job: Job) -> str:
     """Equal for two jobs that need the same model and data in memory."""
     parts = {
@@ -80,5 +90,6 @@ def _key(job: Job) -> str:
         "adapter": job.adapter.model_dump(mode="json"),
         "seed": job.run.seed,
         "device": job.run.device,
+        "written": [_written(Path(s)) for s in (job.data.source, job.data.test) if s],
     }
     return json.dumps(parts, sort_keys=True)

@@ -61,7 +61,7 @@ class DropBox:
         if not ca.is_file() or read_file(ca, "authority certificate") != self.authority.ca_pem:
             write_over(ca, self.authority.ca_pem)
         lines = []
-        paths = sorted(self.folder.glob("*.csr"))
+        paths = sorted(path for path in self.folder.glob("*.csr") if path.stem != ca.stem)
         issued = self.authority.issued(now) if paths else []
         for path in paths:
             try:

@@ -24,6 +24,8 @@ QUERY = "query"
 # "safetensors": what the arrays are, which Flower carries without looking into them
 STYPE = "safetensors"
 
+MAX_TEXT = 600
+
 # of a SuperNode's node config
 NAME = "name"
 WORKER_SOCKET = "worker-socket"
@@ -33,9 +35,15 @@ PARTITION = "partition-id"
 
 
 def text(fields: Mapping[str, Any], key: str) -> str:
-    """A text of a record that a peer sent; empty when there is none."""
+    """A text of a record that a peer sent; empty when there is none.
+
+    It ends up in logs and on terminals: it is cut, and what does not print is escaped.
+    """
     value = fields.get(key, "")
-    return value if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    cut = value if len(value) <= MAX_TEXT else f"{value[:MAX_TEXT]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def data(fields: Mapping[str, Any], key: str) -> bytes:

@@ -144,17 +144,16 @@ class Consortium(ConsortiumServicer):
         job = parse_job_text(job_toml)
         check_deployable(job)
         strategy = job.federation.strategy
-        if ".py:" in strategy:
-            if not self.allow_plugins:
-                raise ConfigError(
-                    f'federation.strategy = "{strategy}" brings code to the server, which was '
-                    "not started with --allow-plugins"
-                )
-            if not 0 < len(plugin) <= MAX_PLUGIN_BYTES:
-                raise ConfigError(
-                    f'federation.strategy = "{strategy}": its file has {len(plugin)} bytes; '
-                    f"expected 1 to {MAX_PLUGIN_BYTES}"
-                )
+        if ":" in strategy and not strategy.startswith("flwr:") and not self.allow_plugins:
+            raise ConfigError(
+                f'federation.strategy = "{strategy}" is code of your own for the server, which was '
+                "not started with --allow-plugins"
+            )
+        if ".py:" in strategy and not 0 < len(plugin) <= MAX_PLUGIN_BYTES:
+            raise ConfigError(
+                f'federation.strategy = "{strategy}": its file has {len(plugin)} bytes; '
+                f"expected 1 to {MAX_PLUGIN_BYTES}"
+            )
         place = self.home.place(secrets.token_hex(8))
         place.submit(job_toml, plugin)
         return place.run

@@ -14,6 +14,7 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -73,11 +74,20 @@ class FlowerControl:
         """
         try:
             for node in self._client.ListNodes(ListNodesRequest()).nodes_info:
-                if node.name == name:
-                    self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+                # Flower lists those of former times, too, and refuses to end them again
+                if node.name == name and node.status != NodeStatus.UNREGISTERED:
+                    self._unregister(node.node_id)
             self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name))
         except httpx.HTTPError as e:
             raise _refused(f"register client {name!r}", e) from e
+
+    def _unregister(self, node: int) -> None:
+        try:
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+        except httpx.HTTPStatusError as e:
+            # another call for the same client was first
+            if e.response.status_code != httpx.codes.NOT_FOUND:
+                raise
 
     def close(self) -> None:
         """Closes the connection."""

@@ -21,6 +21,8 @@ MAX_MESSAGE_BYTES = 4 << 20
 SPARE_THREADS = 64
 # the only message of such a call comes with it or soon after
 READ_S = 10.0
+# reflection is for people at a terminal
+MAX_TALKS = 2
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -35,6 +37,19 @@ OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),
 )
+
+
+class Health(health.HealthServicer):  # type: ignore[misc]  # has no types
+    """Answers when it is asked; a Watch would hold a thread for as long as a stranger likes."""
+
+    def Watch(  # noqa: N802
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.ServicerContext,
+        send_response_callback: object = None,
+    ) -> None:
+        """Not offered."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask again with Check")
 
 
 class ExchangeServer:
@@ -79,11 +94,12 @@ class ExchangeServer:
         self._draining = threading.Event()
         self.transfers = Transfers(max_transfers, stall_s)
         self._reads = Transfers(SPARE_THREADS, min(stall_s, READ_S))
+        self._talks = Transfers(MAX_TALKS, min(stall_s, READ_S))
         threads = max_transfers + MAX_WATCHES + SPARE_THREADS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "exchange"),
             options=OPTIONS,
-            interceptors=[RequestDeadline(self._reads)],
+            interceptors=[RequestDeadline(self._reads, self._talks)],
             # what finds no thread is refused, for waiting in a queue it would hold memory
             maximum_concurrent_rpcs=threads,
         )
@@ -100,7 +116,7 @@ class ExchangeServer:
         self._service.add_to_server(self._server)
         for add_to_server in (services or {}).values():
             add_to_server(self._server)
-        self._health = health.HealthServicer()
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._names = (SERVICE, *(services or {}))
         shown = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -125,6 +141,7 @@ class ExchangeServer:
         self._server.start()
         self.transfers.start()
         self._reads.start()
+        self._talks.start()
         for name in ("", *self._names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return int(port)
@@ -150,3 +167,4 @@ class ExchangeServer:
         self._server.stop(grace_s).wait()
         self.transfers.stop()
         self._reads.stop()
+        self._talks.stop()

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from fedlora.enrolment import DropBox
-from fedlora.errors import FedloraError
+from fedlora.errors import CertificateError, FedloraError
 from fedlora.pki.authority import Authority
 from fedlora.pki.revoked import Revoked
 from fedlora.protos.consortium_pb2_grpc import add_ConsortiumServicer_to_server
@@ -91,8 +91,12 @@ def serve(options: argparse.Namespace) -> None:
     try:
         while not stopped.wait(ENROL_S):
             if enrolment is not None:
-                for line in enrolment.sign_requests(datetime.now(UTC)):
-                    log.info("%s", line)
+                try:
+                    for line in enrolment.sign_requests(datetime.now(UTC)):
+                        log.info("%s", line)
+                except CertificateError as e:
+                    # clients write into that folder: what they do there must stop nobody else
+                    log.error("enrolment: %s", e)
     finally:
         server.drain(DRAIN_S)
         control.close()

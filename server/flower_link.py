@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from fedlora.flower_records import CONFIG, PARTS, PAYLOAD, STYPE, TRAIN, text
 from fedlora.server.journal import Event
 from fedlora.server.link import BUDGET_EXHAUSTED, Reply, Task
-from fedlora.server.mail import AWAY, Mail
+from fedlora.server.mail import AWAY, Mail, Unreadable
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers, ReceivedBytes
 from fedlora.strategies.base import ClientInfo
@@ -157,6 +157,12 @@ class FlowerLink:
         for message, reply in self.mail.pull(asked).items():
             client = asked[message]
             task, down = waiting[client].task, 0
+            if isinstance(reply, Unreadable):
+                del waiting[client]
+                seconds = time.monotonic() - started
+                why = f"its reply cannot be read ({reply.why})"
+                yield Reply(client, b"", b"", len(task.manifest), seconds, error=why)
+                continue
             waiting[client].reply = reply
             error, code = "", ""
             if reply.has_error() and reply.error.code in AWAY:
@@ -215,7 +221,7 @@ def _raw(data: bytes) -> Array:
 
 def _inline(reply: Message, bytes_down: int) -> ReceivedBytes:
     """The update in a reply of Flower; empty fields where it has none."""
-    manifest = reply.content.config_records[CONFIG].get("manifest", b"")
+    manifest = reply.content.config_records.get(CONFIG, ConfigRecord()).get("manifest", b"")
     arrays = reply.content.array_records.get(PAYLOAD)
     payload = b"".join(array.data for array in arrays.values()) if arrays else b""
     return ReceivedBytes(manifest if isinstance(manifest, bytes) else b"", payload, bytes_down)

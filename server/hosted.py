@@ -128,7 +128,7 @@ def deploy(
     loaded = load(here, held_out_only if job.data.source == CLIENTS else load_federated)
     run = Run(job, loaded, emit)
     mail = Mail(grid)
-    nodes = Nodes(mail, run.spec.rank, emit)
+    nodes = Nodes(mail, run.spec.rank, emit, equal_ranks=not run.strategy.hetero_rank)
     wanted, enough = wanted_clients(job)
     link = FlowerLink(
         job_for_clients or dump_job(job),
@@ -157,7 +157,7 @@ def deploy(
     try:
         if journal is not None:
             journal.reconcile(store, store.load().round)
-        state = run.go(store, link, evaluate=_evaluation(run), quorum=enough)
+        state = run.go(store, link, evaluate=_evaluation(run), least=enough)
         _finish(run, store, state, len(clients))
     finally:
         store.close()

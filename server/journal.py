@@ -1,9 +1,10 @@
 """Journal: the events of a run, one JSON object per line."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedlora.storage import storage_errors, write_atomic
 
@@ -26,8 +27,12 @@ class Journal:
         Raises:
             StorageError: the disk refused.
         """
-        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event, sort_keys=True) + "\n")
+        line = json.dumps(event, sort_keys=True).encode() + b"\n"
+        with storage_errors(self.path), self.path.open("ab+") as file:
+            # half a line, of a writer that was killed, would swallow this one
+            if file.tell() and not _ends_line(file):
+                line = b"\n" + line
+            file.write(line)
 
     def read(self) -> list[Event]:
         """All whole lines."""
@@ -55,6 +60,11 @@ class Journal:
         kept = [event for event in events if event.get("event") != "failed"]
         if kept != events:
             write_atomic(self.path, encode_events(kept))
+
+
+def _ends_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def encode_events(events: Sequence[Event]) -> bytes:

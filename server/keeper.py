@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 START_S = 120.0
 # ServerApps in a row that died without committing a round
 MOST_DEATHS = 6
+# whoever ends or continues a run writes its outcome and its journal within that time
+TELL_S = 10.0
 
 
 @dataclass
@@ -33,6 +35,8 @@ class _Watch:
         taken: the ServerApp has taken the run.
         deaths: ServerApps that died since a round was last committed.
         head: what the run's HEAD held then.
+        silent_since: when the run was found ended with a journal that does not say so.
+        told: the journal of the ended run says so.
     """
 
     flower_run: int = 0
@@ -40,6 +44,8 @@ class _Watch:
     taken: bool = False
     deaths: int = 0
     head: bytes = b""
+    silent_since: float | None = None
+    told: bool = False
 
 
 class Keeper:
@@ -67,10 +73,15 @@ class Keeper:
         """
         for place in self.home.places():
             watch = self._watches.setdefault(place.run, _Watch())
-            if place.outcome() is None:
+            outcome = place.outcome()
+            if outcome is None:
+                watch.silent_since, watch.told = None, False
                 self._tend(place, watch)
-            elif watch.flower_run:
-                self._stop(watch)
+            else:
+                if watch.flower_run:
+                    self._stop(watch)
+                if not watch.told:
+                    self._tell(place, watch, outcome)
 
     def _tend(self, place: Place, watch: _Watch) -> None:
         now = self.clock()
@@ -105,6 +116,27 @@ class Keeper:
             return
         watch.since, watch.taken = now, False
         log.info("asked for a ServerApp for run %s", place.run, extra={"run": place.run})
+
+    def _tell(self, place: Place, watch: _Watch, outcome: Outcome) -> None:
+        """Ends the journal of an ended run, whose ServerApp may have died before it did so."""
+        if place.is_worked_on():
+            return
+        journal = Journal(place.events)
+        events = journal.read()
+        now = self.clock()
+        if any(event["event"] in ("end", "failed") for event in events):
+            watch.told = True
+        elif watch.silent_since is None:
+            watch.silent_since = now
+        elif now - watch.silent_since >= TELL_S:
+            log.warning("run %s ended without a word", place.run, extra={"run": place.run})
+            if outcome.state == "finished":
+                rounds = [event["round"] for event in events if event["event"] == "round"]
+                journal.append({"event": "end", "round": max(rounds, default=0)})
+            else:
+                journal.append(
+                    {"event": "failed", "exit_code": outcome.exit_code, "why": outcome.detail}
+                )
 
     def _stop(self, watch: _Watch) -> None:
         try:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import httpx
 from flwr.app import Message
@@ -23,6 +24,17 @@ AWAY = (
 
 # a SuperLink that was killed is back before that, or an operator is needed
 AWAY_S = 120.0
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a reply whose bytes Flower cannot unpack.
+
+    Attributes:
+        why: the kind of the error.
+    """
+
+    why: str
 
 
 class Mail:
@@ -55,13 +67,23 @@ class Mail:
                 ids = [str(i or "") for i in self.grid.push_messages(batch)]
         return ids
 
-    def pull(self, ids: Collection[str]) -> dict[str, Message]:
-        """The replies that are there, by the id of the message they answer."""
-        replies: list[Message] = []
-        if ids:
+    def pull(self, ids: Collection[str]) -> dict[str, Message | Unreadable]:
+        """The replies that are there, by the id of the message they answer.
+
+        One at a time: a reply that cannot be unpacked must not take the others with it. It
+        counts as an error of its sender.
+        """
+        found: dict[str, Message | Unreadable] = {}
+        for message in ids:
             with self._patience():
-                replies = list(self.grid.pull_messages(list(ids)))
-        return {reply.metadata.reply_to_message_id: reply for reply in replies}
+                try:
+                    for reply in self.grid.pull_messages([message]):
+                        found[message] = reply
+                except httpx.HTTPError:
+                    raise
+                except Exception as e:  # whatever its bytes make Flower raise
+                    found[message] = Unreadable(type(e).__name__)
+        return found
 
     @contextmanager
     def _patience(self) -> Iterator[None]:

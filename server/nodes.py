@@ -9,11 +9,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedlora import __version__
 from fedlora.flower_records import CONFIG, QUERY, text
 from fedlora.server.journal import Event
-from fedlora.server.mail import AWAY, Mail
+from fedlora.server.mail import AWAY, Mail, Unreadable
 from fedlora.strategies.base import ClientInfo
 
 # a node answers a greeting once it is done with what it does, if it takes no longer than this
 GREETING_S = 600.0
+# as certificates have it
+MAX_NAME = 64
 # a node whose worker was not ready is greeted again after so many seconds
 GREET_AGAIN_S = 10.0
 
@@ -41,12 +43,16 @@ class Nodes:
         mail: to the nodes.
         rank: rank of the whole adapter.
         emit: receives events about clients that are refused.
+        equal_ranks: all clients must train the whole rank.
     """
 
-    def __init__(self, mail: Mail, rank: int, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self, mail: Mail, rank: int, emit: Callable[[Event], None], *, equal_ranks: bool = False
+    ) -> None:
         self.mail = mail
         self.rank = rank
         self.emit = emit
+        self.equal_ranks = equal_ranks
         self.seats: dict[str, Seat] = {}
         self._registered: dict[int, str] = {}
         # node -> its greeting (empty once it was answered), and when it may be greeted again
@@ -62,7 +68,8 @@ class Nodes:
             return
         nodes = {node.node_id: node.name for node in found}
         self._online = set(nodes)
-        self._registered = {node: name for node, name in nodes.items() if name}
+        # also of nodes that are away when their answer comes
+        self._registered.update({node: name for node, name in nodes.items() if name})
         now = time.monotonic()
         known = {seat.node for seat in self.seats.values()} | self._refused.keys()
         waiting = {node for node, (_, again) in self._greeted.items() if now < again}
@@ -94,7 +101,10 @@ class Nodes:
         content = RecordDict({CONFIG: ConfigRecord({"version": __version__})})
         return Message(content, node, QUERY, ttl=GREETING_S)
 
-    def _take(self, node: int, reply: Message) -> None:
+    def _take(self, node: int, reply: Message | Unreadable) -> None:
+        if isinstance(reply, Unreadable):
+            self._refuse(node, f"its reply cannot be read ({reply.why})")
+            return
         if reply.has_error() and reply.error.code in AWAY:
             return
         if reply.has_error():
@@ -116,13 +126,23 @@ class Nodes:
             )
         elif not name:
             self._refuse(node, "it gave no name; start it with: fedlora client --name NAME")
+        elif len(name) > MAX_NAME:
+            self._refuse(node, f"its name has {len(name)} characters; expected 1 to {MAX_NAME}")
         elif registered and registered != name:
             self._refuse(node, f"it calls itself {name!r}, but its key belongs to {registered!r}")
         else:
             # a client that was killed comes back as another node while the old one still counts
             # as on line, so the newest node is the client
-            rank = fields.get("rank", 0)
-            self.seats[name] = Seat(node, rank if isinstance(rank, int) and rank > 0 else 0)
+            found = fields.get("rank", 0)
+            rank = found if isinstance(found, int) and found > 0 else 0
+            if self.equal_ranks and 0 < rank < self.rank:
+                self._refuse(
+                    node,
+                    f"client {name!r} trains rank {rank} at most; the strategy needs rank "
+                    f"{self.rank} of everybody",
+                )
+                return
+            self.seats[name] = Seat(node, rank)
             self.emit({"event": "joined", "client": name, "node": str(node)})
 
     def _refuse(self, node: int, why: str) -> None:

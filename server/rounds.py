@@ -79,7 +79,7 @@ def _collect(handout: Handout, timed: Stopwatch) -> tuple[Received | None, str]:
         wanted, seed = run.settings.clients_per_round, run.settings.seed
         chosen = choose(roster, wanted, seed, handout.round, handout.attempt)
         tasks, parts = handout.tasks(chosen)
-    quorum = run.settings.quorum or math.ceil(2 * len(chosen) / 3)
+    quorum = run.settings.quorum or max(run.settings.least, math.ceil(2 * len(chosen) / 3))
     if run.secure is not None:
         with timed("clients"):
             try:

@@ -148,7 +148,7 @@ class Run:
         evaluate: Evaluate | None,
         asynchronous: AsyncLink | None = None,
         secure: SecureLink | None = None,
-        quorum: int | None = None,
+        least: int = 1,
         until: int | None = None,
     ) -> StrategyState:
         """Runs from the last committed round to `until` (by default the end).
@@ -159,7 +159,7 @@ class Run:
             evaluate: measures a state; None where there is nothing to measure on.
             asynchronous: the clients again, for federation.mode = "async".
             secure: the clients again, for federation.secure_aggregation = true.
-            quorum: fewest updates of a round; by default what the job says.
+            least: a round needs so many updates, and more where the job says so.
 
         Raises:
             RunFailed: the run stopped early; see `run_rounds`.
@@ -193,7 +193,7 @@ class Run:
             method=self.method,
             basis=self.loaded.adapted.basis,
             sent_basis=self.sent_basis,
-            settings=self._settings(quorum),
+            settings=self._settings(least),
             evaluate=evaluate,
             emit=emit,
             privacy=self.privacy,
@@ -246,13 +246,14 @@ class Run:
         self.loaded.adapted.fold(())
         self.loaded.adapted.load(adapter.tensors)
 
-    def _settings(self, quorum: int | None) -> RoundSettings:
+    def _settings(self, least: int) -> RoundSettings:
         job, federation = self.job, self.job.federation
         return RoundSettings(
             seed=job.run.seed,
             rounds=federation.rounds,
             clients_per_round=federation.clients_per_round,
-            quorum=quorum or federation.quorum,
+            quorum=federation.quorum,
+            least=least,
             deadline_s=federation.deadline_s,
             retries=federation.retries,
             local_steps=job.training.local_steps,

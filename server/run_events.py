@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedlora.errors import RunFolderError
+from fedlora.server.journal import Event
 from fedlora.tickets import RUN
 
 POLL_S = 0.2
@@ -90,20 +91,33 @@ def _lines(folder: Path, skip: int, stop: threading.Event) -> Iterator[tuple[int
         end = block.rfind(b"\n") + 1
         position += end
         for line in block[:end].splitlines():
-            if number >= due:
+            # half a line of a writer that was killed is no event; and an end is never passed
+            # over, for nothing would come after it
+            if _is_event(line) and (number >= due or _is_end(line)):
                 due = number + 1
                 yield number, line.decode("utf-8", "replace")
             number += 1
         if end:
             continue
+        if inode:
+            # a continued run may have fewer lines than before: what comes next is new
+            due = min(due, number)
         if len(block) == MAX_LINE_BYTES:
             raise RunFolderError(f"{path} has a line of more than {MAX_LINE_BYTES} bytes")
         stop.wait(POLL_S)
 
 
-def _is_end(line: str) -> bool:
+def _is_event(line: str | bytes) -> bool:
+    return _event(line) is not None
+
+
+def _is_end(line: str | bytes) -> bool:
+    return (_event(line) or {}).get("event") in ("end", "failed")
+
+
+def _event(line: str | bytes) -> Event | None:
     try:
         event = json.loads(line)
     except ValueError:
-        return False
-    return isinstance(event, dict) and event.get("event") in ("end", "failed")
+        return None
+    return event if isinstance(event, dict) else None

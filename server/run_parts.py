@@ -30,6 +30,7 @@ class RoundSettings:
         evaluate_every: rounds between evaluations.
         keep_rounds, keep_every: which old rounds keep their tensors.
         compression: how tensors travel.
+        least: quorum that holds for a None, however few were chosen.
         secure_bits: size of masked integers; with `RunParts.secure` alone.
     """
 
@@ -46,6 +47,7 @@ class RoundSettings:
     keep_every: int
     limits: Limits
     compression: Compression = UNCOMPRESSED
+    least: int = 1
     secure_bits: int = 64
 
 

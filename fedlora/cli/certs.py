@@ -162,8 +162,10 @@ def list_all(
 def _subject(name: str, role: str, hosts: list[str] | None) -> "Subject":
     from fedlora.pki import Subject
 
+    # a server's own processes reach each other on loopback; without --host it stays an error
+    loopback = ["127.0.0.1", "localhost"] if role == "server" and hosts else []
     # Subject refuses a role that is none
-    return Subject(name, role, tuple(hosts or ()))  # type: ignore[arg-type]
+    return Subject(name, role, (*(hosts or ()), *loopback))  # type: ignore[arg-type]
 
 
 def _confirm(asked: "Subject", role: str, hosts: list[str]) -> None:

@@ -13,6 +13,7 @@ from fedlora.config.load import load_job
 from fedlora.config.privacy import PrivacySection
 from fedlora.errors import ConfigError
 from fedlora.privacy.accounting import Event, default_delta
+from fedlora.privacy.judge import judge
 from fedlora.privacy.plan import FEW_CLIENTS, UNCOVERED, Plan, Schedule, make_plan, noise_norm
 from fedlora.storage import storage_errors, write_atomic
 
@@ -47,7 +48,8 @@ def run_plan(
         else _of_clients(job, privacy)
     )
     plan = make_plan(schedule, _budgets(budgets, job))
-    found = _to_json(plan)
+    choices = judge(job.model_copy(update={"privacy": privacy}))
+    found = {**_to_json(plan), "choices": [dataclasses.asdict(choice) for choice in choices]}
     if out is not None:
         from fedlora.report.plan_figure import plan_figure
         from fedlora.report.theme import to_png
@@ -56,7 +58,8 @@ def run_plan(
             out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "plan.json", json.dumps(found, indent=1).encode() + b"\n")
         write_atomic(out / "plan.png", to_png(plan_figure(plan)))
-    typer.echo(json.dumps(found) if as_json else "\n".join(_lines(plan)))
+    lines = [*_lines(plan), "", *(f"{c.verdict}: {c.choice}: {c.why}" for c in choices)]
+    typer.echo(json.dumps(found) if as_json else "\n".join(lines))
 
 
 def _of_records(job: Job, privacy: PrivacySection, records: int | None) -> Schedule:

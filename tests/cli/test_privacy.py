@@ -42,6 +42,7 @@ def test_a_plan_says_what_is_promised_and_what_is_not(call, job, tmp_path):
     for promise in ("one record of 200", "add or remove one record", "delta 1e-05", "RDP", "PRV"):
         assert promise in done.out
     assert "not covered: how many examples" in done.out
+    assert "free: training.optimizer" in done.out
     found = json.loads((out / "plan.json").read_text())
     [row] = found["budgets"]
     # the job: 2 rounds of 1 step, batches of 2

@@ -13,7 +13,7 @@ from fedlora.client.policy import Policy, WorkPolicy
 from fedlora.client.resident import Resident
 from fedlora.data.own import OwnData
 from fedlora.errors import TransferError, WorkRefused
-from fedlora.wire import sha256
+from fedlora.wire import decode_broadcast, sha256
 from tests.client.recorded import of, record
 from tests.faults.crash import _arm
 
@@ -89,6 +89,18 @@ def test_the_bytes_are_those_of_the_simulation_also_in_turns(recordings, tmp_pat
         # parts that it holds are not fetched again
         assert answer.bytes_down == item.bytes_down
         assert not answer.kept
+
+
+def test_runs_in_turns_on_a_disk_for_one_give_the_same_bytes_and_leave_one(recordings, tmp_path):
+    """What is cleared of a run that has not ended was not needed to go on with it."""
+    everything = [item for items in recordings.values() for item in items]
+    worker = duty(tmp_path, Blobs(everything))
+    worker.runs.most = 1
+    for item in sorted(everything, key=lambda item: item.round):
+        answer = worker.do(item.order(exchange=AT), silent)
+        assert answer.manifest == item.update
+    last = max(recordings["frozen"], key=lambda item: item.round)
+    assert os.listdir(tmp_path / "runs") == [decode_broadcast(last.manifest).plan.run]
 
 
 def test_progress_counts_every_step(recordings, tmp_path):

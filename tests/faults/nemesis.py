@@ -1,7 +1,8 @@
 """Kills the processes of a deployed federation, and checks what is left of its runs.
 
 One federation serves all trials: each trial is a run of its own, in which processes are killed
-outright (kill -9), each at a time that is uniform over the length of an undisturbed run.
+outright (kill -9), each at a time that is uniform over the length of an undisturbed run. Times
+count from when the server has taken the run, for nothing is promised of it before.
 """
 
 import json
@@ -82,7 +83,7 @@ class Kill:
 
     Attributes:
         target: name of what was killed.
-        at_s: since the run was started.
+        at_s: since the server took the run.
         recovery_s: until the next round was committed; None when none was left, or when
             something else was killed before.
     """
@@ -101,7 +102,7 @@ class Trial:
         exit_code: of `fedlora run`.
         equal: the adapter of every round is that of a simulation, bit for bit.
         problems: what the checker of the history found.
-        seconds: of the whole run.
+        seconds: of the whole run, since the server took it.
     """
 
     kills: Sequence[Kill]
@@ -164,7 +165,6 @@ class Nemesis:
         """
         out = self.folder / f"out-{len(list(self.folder.glob('out-*'))):03d}"
         codes: list[int] = []
-        started = time.monotonic()
 
         def follow() -> None:
             done = self.deployed.run(self.job, out, check=False, longest_s=LONGEST_S)
@@ -172,6 +172,9 @@ class Nemesis:
 
         following = threading.Thread(target=follow)
         following.start()
+        while following.is_alive() and not _run_of(out):
+            time.sleep(0.01)
+        started = time.monotonic()
         order = list(targets) if rounds else chance.sample(targets, len(targets))
         times = sorted(chance.uniform(0.0, self.clean_s) for _ in order)
         killed: list[tuple[str, float]] = []

@@ -1,32 +1,23 @@
-"""Slow, missing, cut-off, foreign and skewed clients of a deployed federation."""
+"""Slow, missing, cut-off and skewed clients of a deployed federation."""
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from fedlora import __version__
-from fedlora.pki.authority import Authority
-from fedlora.pki.handout import equip
-from fedlora.pki.subject import Subject
 from fedlora.storage import write_atomic
-from tests.deployed.federation import FEDLORA, Deployed, call, digests, write_job
+from tests.deployed.federation import Deployed, call, digests, write_job
+from tests.faults.clocks import FAKETIME, faked
 from tests.faults.nemesis import CLIENTS, tiny_job
 from tests.faults.proxy import Proxy, drawn
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 PARTITIONS = {name: ["--partition", place] for place, name in enumerate(CLIENTS)}
-LONGEST_S = 900.0
+LONGEST_S = 1800.0
 
 
 def job_file(folder: Path, **federation) -> Path:
@@ -35,9 +26,12 @@ def job_file(folder: Path, **federation) -> Path:
     return write_job(folder / "job.toml", job.model_copy(update={"federation": changed}))
 
 
+def journal(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def events(folder: Path, kind: str) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    return [event for event in journal(folder / "metrics.jsonl") if event["event"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +45,8 @@ def simulated(tmp_path_factory):
 @pytest.mark.parametrize("repetition", range(5))
 def test_a_stopped_client_is_left_behind_and_is_back_later(tmp_path, repetition):
     """SIGSTOP of its worker: rounds close at the deadline with the quorum."""
-    job = job_file(tmp_path, deadline_s=45.0, quorum=1)
+    # of which a healthy client's round takes a small part, also on a busy machine
+    job = job_file(tmp_path, deadline_s=90.0, quorum=1)
     out = tmp_path / "out"
     with Deployed(tmp_path, PARTITIONS) as deployed:
         following = Thread(
@@ -68,33 +63,72 @@ def test_a_stopped_client_is_left_behind_and_is_back_later(tmp_path, repetition)
 
         deployed.wait_for("a journal", journal_is_there)
         deployed.wait_for(
-            "both clients in a round", lambda: any(not event["missing"] for event in rounds())
+            "both clients in a round",
+            lambda: any(set(event["clients"]) == set(CLIENTS) for event in rounds()),
         )
         [worker] = deployed.children(CLIENTS[1], "fedlora.client.worker_process")
         os.kill(worker, signal.SIGSTOP)
         before = len(rounds())
         deployed.wait_for(
             "a round without it",
-            lambda: any(CLIENTS[1] in event["missing"] for event in rounds()[before:]),
+            lambda: any(CLIENTS[1] not in event["clients"] for event in rounds()[before:]),
         )
         os.kill(worker, signal.SIGCONT)
         without = len(rounds())
         following.join()
         found = events(out, "round")
         assert len(found) == tiny_job().federation.rounds, deployed.logs()
-    assert any(CLIENTS[1] in event["missing"] for event in found)
+    # silent until the deadline, or refused by a ClientApp that found no worker
+    assert any(CLIENTS[1] not in event["clients"] for event in found)
     assert any(CLIENTS[1] in event["clients"] for event in found[without:])
-    assert not events(out, "abandoned")
 
 
 @pytest.mark.parametrize("repetition", range(5))
 def test_too_few_clients_end_the_run_at_the_deadline(tmp_path, repetition):
-    job = job_file(tmp_path, deadline_s=20.0)
+    job = job_file(tmp_path, deadline_s=60.0)
     with Deployed(tmp_path, {CLIENTS[0]: ["--partition", 0]}) as deployed:
         done = deployed.run(job, tmp_path / "out", check=False)
     assert done.returncode == 3
-    assert "1 of 2 clients joined within federation.deadline_s = 20 s" in done.stderr
+    assert "1 of 2 clients joined within federation.deadline_s = 60 s" in done.stderr
     assert "fedlora resume" in done.stderr
+
+
+@pytest.mark.parametrize("repetition", range(5))
+def test_a_round_below_quorum_ends_the_run_which_goes_on_when_clients_are_back(
+    tmp_path, simulated, repetition
+):
+    """A client is stopped amid the run: the round is tried three times, and changes nothing."""
+    job = job_file(tmp_path, deadline_s=60.0)
+    out = tmp_path / "out"
+    ended = []
+    with Deployed(tmp_path, PARTITIONS) as deployed:
+        following = Thread(
+            target=lambda: ended.append(deployed.run(job, out, check=False, longest_s=LONGEST_S)),
+            daemon=True,
+        )
+        following.start()
+        journals = tmp_path / "server" / "runs"
+
+        def told() -> list[dict]:
+            return [e for path in journals.glob("*/metrics.jsonl") for e in journal(path)]
+
+        deployed.wait_for("a round", lambda: any(e["event"] == "round" for e in told()))
+        client = deployed.processes[CLIENTS[1]]
+        client.send_signal(signal.SIGTERM)
+        client.wait(60)
+        following.join()
+        [done] = ended
+        assert done.returncode == 3, done.stderr + deployed.logs()
+        [*before, last] = told()
+        assert (last["event"], last["exit_code"]) == ("failed", 3)
+        standing = max(e["round"] for e in before if e["event"] == "round")
+        assert standing < tiny_job().federation.rounds
+        tried = [e for e in before if e["event"] == "abandoned" and e["round"] == standing + 1]
+        assert [e["attempt"] for e in tried] == list(range(1 + tiny_job().federation.retries))
+        deployed.start_client(CLIENTS[1])
+        again = call("resume", out, check=False, longest_s=LONGEST_S)
+        assert again.returncode == 0, again.stderr + deployed.logs()
+    assert digests(out) == simulated
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -115,97 +149,6 @@ def test_transfers_through_a_bad_network_change_no_bit(tmp_path, simulated, seed
     assert proxy.connections > 2 * tiny_job().federation.rounds
 
 
-class Strangers:
-    """A server with TLS, and clients that it should not have."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.deployed = Deployed(folder, {})
-
-    def client(self, name: str, *security: object, code: Path = ROOT, **environment: str) -> str:
-        """Runs a client, of the fedlora in `code`, that must be refused; what it said."""
-        options = ["--server", self.deployed.address, "--name", name, "--partition", 0]
-        options += ["--home", self.folder / "homes" / name]
-        done = subprocess.run(
-            [*FEDLORA, "client", *map(str, [*options, *security])],
-            capture_output=True,
-            text=True,
-            timeout=120.0,
-            # the folder in which -m starts is the first where Python looks
-            cwd=code,
-            env={**os.environ, "PYTHONPATH": str(code), **environment},
-            check=False,
-        )
-        assert done.returncode == 2, done.stdout + done.stderr
-        return done.stderr
-
-    def certificate(self, name: str, ca: Path | None = None, **times) -> list[object]:
-        authority = Authority(ca or self.folder / "ca")
-        given = {"now": datetime.now(UTC), **times}
-        equip(authority, Subject(name, "client"), self.folder / "certs" / name, **given)
-        return ["--certs", self.folder / "certs" / name]
-
-
-@pytest.fixture(scope="module")
-def strangers(tmp_path_factory):
-    made = Strangers(tmp_path_factory.mktemp("strangers"))
-    with made.deployed:
-        made.deployed.wait_for(
-            "the exchange", lambda: made.deployed.children("server", "exchange_process")
-        )
-        yield made
-
-
-@pytest.mark.parametrize("repetition", range(5))
-def test_another_authority_is_refused(strangers, repetition):
-    name = f"foreign-{repetition}"
-    other = strangers.folder / f"ca-{repetition}"
-    call("certs", "init", other)
-    assert "CA" in strangers.client(name, *strangers.certificate(name, other))
-
-
-@pytest.mark.parametrize("repetition", range(5))
-def test_an_expired_certificate_is_refused(strangers, repetition):
-    name = f"expired-{repetition}"
-    made = strangers.certificate(
-        name, now=datetime.now(UTC) - timedelta(minutes=4), lifetime=timedelta(minutes=1)
-    )
-    assert "expired" in strangers.client(name, *made)
-
-
-@pytest.mark.parametrize("repetition", range(5))
-def test_a_revoked_certificate_is_refused(strangers, repetition):
-    name = f"revoked-{repetition}"
-    made = strangers.certificate(name)
-    call("certs", "revoke", name, "--ca", strangers.folder / "ca")
-    assert "revoked" in strangers.client(name, *made)
-
-
-@pytest.mark.parametrize("repetition", range(5))
-def test_plain_text_is_refused(strangers, repetition):
-    assert "TLS" in strangers.client(f"plain-{repetition}", "--insecure")
-
-
-@pytest.mark.parametrize("repetition", range(5))
-def test_another_version_is_refused_with_both_named(strangers, tmp_path, repetition):
-    name = f"older-{repetition}"
-    shutil.copytree(ROOT / "fedlora", tmp_path / "fedlora")
-    init = tmp_path / "fedlora" / "__init__.py"
-    init.write_text(init.read_text().replace(__version__, "0.0.9"))
-    made = strangers.certificate(name)
-    said = strangers.client(name, *made, code=tmp_path)
-    assert "'0.0.9'" in said
-    assert __version__ in said
-
-
-@pytest.mark.skipif(not FAKETIME.is_file(), reason="needs libfaketime")
-@pytest.mark.parametrize("skew", ["+10s", "+10m", "-10m"])
-def test_a_clock_that_is_too_far_off_is_named(strangers, skew):
-    name = f"skewed{skew}"
-    made = strangers.certificate(name, now=datetime.now(UTC) - timedelta(minutes=15))
-    assert "clock" in strangers.client(name, *made, **faked(skew))
-
-
 @pytest.mark.skipif(not FAKETIME.is_file(), reason="needs libfaketime")
 @pytest.mark.parametrize("skew", ["-10s", "+3s"])
 def test_a_clock_that_is_a_little_off_changes_no_bit(tmp_path, simulated, monkeypatch, skew):
@@ -219,9 +162,3 @@ def test_a_clock_that_is_a_little_off_changes_no_bit(tmp_path, simulated, monkey
         done = deployed.run(job_file(tmp_path), tmp_path / "out", check=False, longest_s=LONGEST_S)
         assert done.returncode == 0, done.stderr + deployed.logs()
     assert digests(tmp_path / "out") == simulated
-
-
-def faked(skew: str) -> dict[str, str]:
-    """The environment of a process whose clock is off."""
-    assert sys.platform == "linux"
-    return {"LD_PRELOAD": str(FAKETIME), "FAKETIME": skew}

@@ -95,6 +95,33 @@ def test_a_killed_exchange_goes_on_where_its_disk_stands(tmp_path):
         client.close()
 
 
+@pytest.mark.slow
+def test_more_bytes_than_one_message_may_have_go_up_in_pieces(process, tmp_path):
+    """2.1 GiB of a file with holes, cut beyond the two gigabytes of one protobuf message."""
+    path = tmp_path / "delta"
+    size = 21 * 1024 * MIB // 10
+    with path.open("wb") as file:
+        file.truncate(size)
+        for place in range(0, size, 100 * MIB):
+            file.seek(place)
+            file.write(place.to_bytes(8, "little"))
+    before = process.status_bytes("VmRSS")
+    process.forget_peak()
+    proxy = Proxy(process.port, cuts(size // 2, (1 << 31) + MIB - size // 2))
+    client = connect(proxy.port)
+    sent = client.send(process.ticket(run="large", max_bytes=1 << 32), b"{}", path)
+    [receipt] = process.store.received("large", 1, 0).values()
+    with path.open("rb") as file:
+        expected = hashlib.file_digest(file, "sha256").hexdigest()
+    assert (receipt.size_bytes, receipt.sha256) == (size, expected)
+    assert proxy.connections == 3
+    assert sent <= size + 2 * ON_THE_WAY
+    assert process.status_bytes("VmHWM") - before < 160 * MIB
+    client.close()
+    proxy.close()
+    process.store.remove_run("large")
+
+
 def flood(process, ticket: str | None, size: int):
     """`size` bytes of chunks after a header, with and without a ticket."""
     from fedlora.protos.exchange_pb2 import UploadHeader, UploadMessage
@@ -112,12 +139,13 @@ def flood(process, ticket: str | None, size: int):
     return refused.value.code()
 
 
-def oversized(process, method: str, size: int):
+def oversized(process, method: str, size: int, compression=grpc.Compression.NoCompression):
     """One message of `size` bytes."""
     with grpc.insecure_channel(f"127.0.0.1:{process.port}") as channel:
         call = channel.unary_unary(method)
+        metadata = ((METADATA_KEY, process.ticket()),)
         with pytest.raises(grpc.RpcError) as refused:
-            call(bytes(size), metadata=((METADATA_KEY, process.ticket()),))
+            call(bytes(size), metadata=metadata, compression=compression)
     return refused.value.code()
 
 
@@ -155,6 +183,10 @@ def test_hostile_bodies_do_not_grow_the_server_and_an_honest_upload_completes(pr
     assert oversized(process, upload, size) == codes.RESOURCE_EXHAUSTED
     assert oversized(process, stat, size) == codes.RESOURCE_EXHAUSTED
     assert oversized(process, "/fedlora.v1.DeltaExchange/None", size) == codes.UNIMPLEMENTED
+    # zeros, which compress to a thousandth
+    for method in (upload, stat):
+        bomb = oversized(process, method, size, grpc.Compression.Gzip)
+        assert bomb == codes.RESOURCE_EXHAUSTED
     raw(process, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 209715200\r\n\r\n", size)
     # HTTP/2 preface, then a frame that announces 16 MiB
     raw(process, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\x00\x00\x00\x00\x00\x01", size)

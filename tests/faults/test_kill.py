@@ -22,7 +22,7 @@ def undisturbed(folder: Path) -> str:
     return drive(folder, RunStore, folder.with_name("acknowledged"))
 
 
-@pytest.mark.parametrize("trials", [3, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_without_loss_to_the_same_bits(tmp_path, trials):
     """Oracle: the uninterrupted run, and a log of acknowledged rounds outside the folder."""
     expected = undisturbed(tmp_path / "whole")

@@ -185,3 +185,15 @@ def test_a_planted_link_is_replaced_not_followed(box, tmp_path):
     (box.folder / "ca.crt").symlink_to(precious)
     join(box, tmp_path)
     assert precious.read_bytes() == b"precious"
+
+
+def test_a_request_cannot_take_the_place_of_the_authority(box, tmp_path):
+    """Everybody may write into the folder."""
+    box.folder.mkdir(exist_ok=True)
+    box.sign_requests(NOW)
+    before = (box.folder / "ca.crt").read_bytes()
+    write_request(Subject("mallory", "client"), tmp_path)
+    (request,) = tmp_path.glob("*.csr")
+    (box.folder / "ca.csr").write_bytes(request.read_bytes())
+    assert box.sign_requests(NOW) == []
+    assert (box.folder / "ca.crt").read_bytes() == before

@@ -196,6 +196,7 @@ def served_job(place):
         (toml() + "\n[oops]\n", "oops is not a known key"),
         (toml(mode="async"), "runs in a simulation only"),
         (toml(strategy="mine.py:Mine"), "not started with --allow-plugins"),
+        (toml(strategy="some.module:Mine"), "not started with --allow-plugins"),
         ("#" * 70_000, "more than 65536 bytes"),
     ],
 )

@@ -476,3 +476,32 @@ def test_plain_text_is_served_only_without_identities_and_on_request(tmp_path):
 def test_a_taken_address_is_named(served, tmp_path):
     with pytest.raises(ConfigError, match=f"127.0.0.1:{served.port} cannot be bound"):
         Exchange(tmp_path, address=f"127.0.0.1:{served.port}")
+
+
+def test_idle_calls_of_reflection_and_health_hold_up_nobody(served):
+    """Neither asks for a ticket, so that each may take a place of its own only."""
+    channel = served.channel()
+    talk = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+    never = threading.Event()
+
+    def silent():
+        never.wait(30)
+        yield from ()
+
+    ended = threading.Semaphore(0)
+    idle = [talk(silent()) for _ in range(12)]
+    try:
+        for call in idle:
+            call.add_callback(ended.release)
+        for _ in range(10):
+            assert ended.acquire(timeout=20)
+        refused = [call for call in idle if not call.is_active()]
+        assert {call.code() for call in refused} == {Code.RESOURCE_EXHAUSTED}
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == 1
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert refusal(lambda: next(watch)).code() is Code.UNIMPLEMENTED
+    finally:
+        never.set()
+        for call in idle:
+            call.cancel()

@@ -11,7 +11,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import __version__
-from fedlora.flower_records import CONFIG, QUERY
+from fedlora.flower_records import CONFIG, QUERY, text
 from fedlora.messages import Broadcast, RoundPlan
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.flower_link import FlowerLink
@@ -279,3 +279,73 @@ def test_one_update_at_a_time_is_in_memory(store, clients):
         tracemalloc.stop()
     # the one that is handed out, and the one that is read next
     assert peak < 3 * size
+
+
+class Garbled(PlayedGrid):
+    """A grid that cannot unpack what one node sent."""
+
+    garbled = 10
+
+    def pull_messages(self, ids):
+        found = super().pull_messages(ids)
+        if any(reply.metadata.src_node_id == self.garbled for reply in found):
+            raise ValueError("not to be unpacked")
+        return found
+
+
+def test_a_reply_that_cannot_be_unpacked_is_its_sender_s_error_alone(store):
+    grid = Garbled(ann=0, bob=0)
+    grid.garbled = 0
+    link = link_of(grid, store)
+    link.gather(2)
+
+    def act(grid, message):
+        if message.metadata.dst_node_id == 11:
+            upload(store, message)
+        return answer(message, {"error": "", "kept": False})
+
+    grid.act, grid.garbled = act, 10
+    replies = exchanged(link, "ann", "bob")
+    assert replies["ann"].error == "its reply cannot be read (ValueError)"
+    assert replies["bob"].payload == b"the update"
+
+
+def test_a_node_keeps_the_name_of_its_key_also_while_it_is_off_line(store):
+    grid = PlayedGrid(bob=0)
+    grid.nodes[10] = "ann"
+    events = []
+    link = link_of(grid, store, events)
+    nodes = link.nodes
+    # greeted, and gone before its answer is taken in
+    posted = grid.push_messages
+    grid.push_messages = lambda messages: [posted(messages), grid.nodes.clear()][0]
+    nodes.look()
+    nodes.look()
+    assert nodes.seats == {}
+    assert [e["why"] for e in events if e["event"] == "refused"] == [
+        "it calls itself 'bob', but its key belongs to 'ann'"
+    ]
+
+
+def test_a_name_that_no_certificate_can_carry_is_refused(store):
+    grid = PlayedGrid(ann=0)
+    grid.says[10]["name"] = "x" * 65
+    link = link_of(grid, store)
+    link.nodes.look()
+    assert not link.nodes.seats
+    assert "expected 1 to 64" in link.nodes.refusals()[10]
+
+
+def test_a_later_client_of_another_rank_is_refused_where_ranks_must_be_equal(store):
+    grid = PlayedGrid(ann=0, bob=4)
+    mail = Mail(grid)
+    nodes = Nodes(mail, 8, lambda event: None, equal_ranks=True)
+    nodes.look()
+    assert [client.name for client in nodes.present()] == ["ann"]
+    assert "trains rank 4 at most; the strategy needs rank 8" in nodes.refusals()[11]
+
+
+def test_what_a_peer_says_is_cut_and_cannot_steer_a_terminal():
+    found = text({"error": "\x1b]0;owned\x07" + "x" * 10**6}, "error")
+    assert found.startswith("\\x1b]0;owned\\x07xxx")
+    assert len(found) < 700

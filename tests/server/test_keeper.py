@@ -1,12 +1,15 @@
 """The keeper of runs: a run without an end has a ServerApp, and at most one."""
 
 import json
+from threading import Event
 
 import pytest
 
 from fedlora.errors import RunFailed
 from fedlora.server.home import Home, Outcome
-from fedlora.server.keeper import MOST_DEATHS, START_S, Keeper
+from fedlora.server.journal import Journal
+from fedlora.server.keeper import MOST_DEATHS, START_S, TELL_S, Keeper
+from fedlora.server.run_events import FollowedFolders
 
 
 class Control:
@@ -120,3 +123,51 @@ def test_a_superlink_that_is_away_is_asked_again(kept):
     control.is_away = False
     keeper.tend()
     assert control.started == [place.run]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"event": "fai'])
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (Outcome("failed", 3, "why"), {"event": "failed", "exit_code": 3, "why": "why"}),
+        (Outcome("finished", 0), {"event": "end", "round": 2}),
+    ],
+    ids=["failed", "finished"],
+)
+def test_a_run_whose_end_was_not_told_is_ended_for_those_who_watch(kept, outcome, told, torn):
+    """Its ServerApp was killed between its outcome and its last event, or amid that event."""
+    keeper, _, place, clock = kept
+    before = [{"event": "round", "round": number} for number in (1, 2)]
+    journal = Journal(place.events)
+    for event in before:
+        journal.append(event)
+    with place.events.open("ab") as file:
+        file.write(torn)
+    with place.working():
+        place.end(outcome)
+        for _ in range(3):
+            keeper.tend()
+            clock[0] += TELL_S
+    assert journal.read() == before
+    for _ in range(5):
+        keeper.tend()
+        clock[0] += TELL_S
+    assert journal.read() == [*before, told]
+    followed = FollowedFolders(keeper.home.runs).follow(place.run, 0, Event())
+    assert [json.loads(event.json) for event in followed] == [*before, told]
+
+
+def test_an_end_that_was_told_is_not_told_again(kept):
+    keeper, _, place, clock = kept
+    for what in ("failed", "failed again"):
+        # a run that is continued, and fails again
+        place.reopen()
+        Journal(place.events).reopen()
+        keeper.tend()
+        told = {"event": "failed", "exit_code": 3, "why": what}
+        Journal(place.events).append(told)
+        place.end(Outcome("failed", 3, what))
+        for _ in range(3):
+            clock[0] += TELL_S
+            keeper.tend()
+        assert Journal(place.events).read() == [told]

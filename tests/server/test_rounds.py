@@ -348,3 +348,16 @@ def test_a_full_disk_under_the_spool_leaves_the_round_before(make, monkeypatch):
     clean = make(rounds=2)
     clean.go()
     assert adapters(run) == adapters(clean)
+
+
+@pytest.mark.parametrize(
+    ("least", "silent", "stands"), [(1, 1, True), (4, 1, False), (1, 2, False)]
+)
+def test_a_quorum_is_never_below_the_least(make, least, silent, stands):
+    run = make(least=least, rounds=1, retries=0)
+    run.link.twist = lambda reply, plan: [] if plan.client in sorted(NAMES)[:silent] else [reply]
+    if stands:
+        assert run.go().round == 1
+    else:
+        with pytest.raises(QuorumFailed):
+            run.go()

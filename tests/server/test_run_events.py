@@ -25,15 +25,11 @@ def follow(tmp_path, run="run", skip=0, stop=None):
     return ((event.number, event.json) for event in events)
 
 
-@pytest.mark.parametrize("skip", [0, 2, 4, 9])
+@pytest.mark.parametrize("skip", [0, 2, 3, 4, 9])
 def test_a_finished_run_is_told_from_where_one_is_and_ends(tmp_path, skip):
+    """Also to one who was told of more, before the run was continued from an earlier round."""
     run_folder(tmp_path, lines=[*LINES, END])
-    if skip < 4:
-        assert list(follow(tmp_path, skip=skip)) == list(enumerate([*LINES, END]))[skip:]
-    else:
-        stop = threading.Event()
-        stop.set()
-        assert list(follow(tmp_path, skip=skip, stop=stop)) == []
+    assert list(follow(tmp_path, skip=skip)) == list(enumerate([*LINES, END]))[min(skip, 3) :]
 
 
 def test_events_come_as_they_are_written_and_never_half(tmp_path):
@@ -57,6 +53,25 @@ def test_a_continued_run_repeats_nothing(tmp_path):
     other.write_text("\n".join([*LINES[:2], '{"event":"resume"}', LINES[2], END]) + "\n")
     other.rename(path)
     assert list(events) == [(3, LINES[2]), (4, END)]
+
+
+def test_a_run_that_is_continued_with_fewer_events_is_told_to_its_end(tmp_path):
+    """A round that was under way had events, and is done again without them."""
+    path = run_folder(tmp_path, lines=[*LINES, '{"event":"rejected"}', '{"event":"rejected"}'])
+    events = follow(tmp_path)
+    list(islice(events, 5))
+    other = path.with_name("other")
+    other.write_text("\n".join(LINES) + "\n")
+    other.rename(path)
+    added = ['{"event":"round","round":3}', END]
+
+    def append():
+        with path.open("a") as file:
+            file.write("\n".join(added) + "\n")
+
+    writer = threading.Timer(0.5, append)
+    writer.start()
+    assert list(events) == [(3, added[0]), (4, END)]
 
 
 def test_a_file_that_comes_later_is_waited_for(tmp_path):
