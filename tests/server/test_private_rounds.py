@@ -33,7 +33,7 @@ TERMS = Terms(
     noise="test",
     solved=False,
 )
-PRIVATE = replace(TERMS, noise="os", noise_multiplier=2.0, per_round=2, epsilon=50.0)
+PRIVATE = replace(TERMS, noise="os", noise_multiplier=2.0, population=40, per_round=2, epsilon=50.0)
 
 
 class Private(toy.Run):
@@ -160,7 +160,7 @@ def test_a_round_without_clients_commits_noise(tmp_path):
 
 
 def test_clients_take_part_with_their_probability_and_follow_no_seed(tmp_path):
-    terms = replace(PRIVATE, epsilon=None, population=10, per_round=3, rounds=3)
+    terms = replace(PRIVATE, epsilon=None, population=10, per_round=1, rounds=3)
     counts, asked = [], []
     for i in range(2):
         run = Private(tmp_path / str(i), terms, rounds=3)
@@ -169,8 +169,8 @@ def test_clients_take_part_with_their_probability_and_follow_no_seed(tmp_path):
         asked.append(sorted(run.link.manifests))
         counts += [len(run.link.manifests)]
     assert asked[0] != asked[1]
-    # 2 x 150 x 3 coins of 0.3; once in a million runs it is further off
-    assert abs(sum(counts) - 270) < 5 * math.sqrt(900 * 0.3 * 0.7)
+    # 2 x 150 x 3 coins of 0.1; once in a million runs it is further off
+    assert abs(sum(counts) - 90) < 5 * math.sqrt(900 * 0.1 * 0.9)
 
 
 def test_fixed_sampling_takes_exactly_so_many(tmp_path):
@@ -192,7 +192,7 @@ def test_epsilon_of_a_round_is_that_of_all_rounds_so_far(tmp_path):
     run = Private(tmp_path / "run", PRIVATE)
     run.go()
     for count, event in enumerate(run.rounds(), 1):
-        expected = epsilon([Event(0.5, 2.0, count)], 1e-5, "prv")
+        expected = epsilon([Event(0.05, 2.0, count)], 1e-5, "prv")
         assert event["epsilon"] == pytest.approx(expected, abs=1e-12)
     assert run.record.summary()["steps"] == 3
     assert run.record.summary()["epsilon"] == run.rounds()[-1]["epsilon"]
@@ -207,7 +207,7 @@ def test_noise_from_a_known_seed_never_has_an_epsilon(tmp_path):
 
 
 def test_the_run_ends_when_the_budget_is_spent_and_what_was_committed_stands(tmp_path):
-    two = epsilon([Event(0.5, 2.0, 2)], 1e-5)
+    two = epsilon([Event(0.05, 2.0, 2)], 1e-5)
     run = Private(tmp_path / "run", replace(PRIVATE, epsilon=two))
     with pytest.raises(BudgetExhausted) as caught:
         run.go()
@@ -243,7 +243,7 @@ def test_a_round_that_died_before_its_release_is_paid_twice(tmp_path):
     run.go()
     statuses = [entry["status"] for entry in run.entries()]
     assert statuses.count("RESERVED") == 4
-    assert run.rounds()[-1]["epsilon"] == pytest.approx(epsilon([Event(0.5, 2.0, 4)], 1e-5, "prv"))
+    assert run.rounds()[-1]["epsilon"] == pytest.approx(epsilon([Event(0.05, 2.0, 4)], 1e-5, "prv"))
 
 
 def test_a_round_that_died_after_its_release_is_committed_as_it_was_and_paid_once(tmp_path):
@@ -262,7 +262,7 @@ def test_a_round_that_died_after_its_release_is_committed_as_it_was_and_paid_onc
 
 
 def test_solved_noise_grows_for_what_a_crash_lost_and_the_budget_holds(tmp_path):
-    z = noise_for(3.0, 1e-5, 0.5, 3)
+    z = noise_for(3.0, 1e-5, 0.05, 3)
     terms = replace(PRIVATE, epsilon=3.0, noise_multiplier=z, solved=True)
     run = Private(tmp_path / "run", terms)
     killed_at(run, "exchange")
@@ -270,7 +270,7 @@ def test_solved_noise_grows_for_what_a_crash_lost_and_the_budget_holds(tmp_path)
     used = [event["privacy"]["noise_multiplier"] for event in run.rounds()]
     assert used[0] == z
     assert used[1] == used[2] > z
-    spent = [Event(0.5, z, 2), Event(0.5, used[1], 2)]
+    spent = [Event(0.05, z, 2), Event(0.05, used[1], 2)]
     assert 2.8 < epsilon(spent, 1e-5) <= 3.0
 
 
@@ -302,7 +302,7 @@ def test_a_full_disk_loses_the_round_and_never_its_charge(tmp_path):
         run.go()
     run.store.commit = commit
     run.go()
-    assert run.rounds()[-1]["epsilon"] == pytest.approx(epsilon([Event(0.5, 2.0, 3)], 1e-5, "prv"))
+    assert run.rounds()[-1]["epsilon"] == pytest.approx(epsilon([Event(0.05, 2.0, 3)], 1e-5, "prv"))
 
 
 def test_an_adaptive_clip_norm_goes_on_where_it_stood(tmp_path):

@@ -16,14 +16,16 @@ from fedlora.simulation.results import finish
 from tests.cli.command import fedlora
 from tests.simulation.runs import Run, loaded_for
 
+# q = 1: every client takes part in every round
 PRIVATE = {"unit": "client", "epsilon": 6.0, "clip_norm": 0.5}
+SAMPLED = {**PRIVATE, "population": 60}
+ONE = {"clients_per_round": 1}
 
 
 @pytest.fixture
 def make(make_job, tmp_path):
     def make_run(name="run", privacy=PRIVATE, **sections):
-        federation = {"clients_per_round": 1, **sections.pop("federation", {})}
-        job = make_job(federation=federation, privacy=privacy, **sections)
+        job = make_job(privacy=privacy, **sections)
         return Run(job, tmp_path / name)
 
     return make_run
@@ -38,16 +40,18 @@ def pld(rate, noise, steps, delta):
 
 
 def test_epsilon_is_that_of_another_accountant_and_within_the_budget(make):
-    run = make()
+    run = make(privacy=SAMPLED, federation=ONE)
     run.go(1)
     run.go()
-    z = noise_for(6.0, 1e-5, 1 / 3, 3)
+    z = noise_for(6.0, 1e-5, 1 / 60, 3)
     for count, event in enumerate(run.of("round"), 1):
         found = event["privacy"]
         assert (found["noise_multiplier"], found["delta"], found["steps"]) == (z, 1e-5, count)
-        assert event["epsilon"] == pytest.approx(pld(1 / 3, z, count, 1e-5), abs=0.05)
         assert event["epsilon"] <= 6.0
         assert event["train_loss"] is None
+    spent = [event["epsilon"] for event in run.of("round")]
+    assert spent == sorted(spent)
+    assert spent[-1] == pytest.approx(pld(1 / 60, z, 3, 1e-5), abs=0.05)
     assert "more clients per round" in run.of("warning")[0]["why"]
 
 
@@ -66,7 +70,7 @@ def test_what_is_left_of_a_run_says_what_was_promised_and_names_no_client(make):
         for words in (
             spent,
             "add or remove all data of one client",
-            "1 of 3 clients expected in a round (poisson sampling)",
+            "3 of 3 clients expected in a round (poisson sampling)",
             "clip norm 0.5",
             "3 noisy steps",
             "trusted: the server",
@@ -100,7 +104,14 @@ def test_two_private_runs_of_one_job_draw_different_noise(make):
 def test_a_spent_budget_ends_the_command_with_4_and_keeps_what_was_committed(
     make, tmp_path, monkeypatch, capsys
 ):
-    run = make(privacy={"unit": "client", "epsilon": 6.0, "noise_multiplier": 0.9})
+    run = make(
+        privacy={
+            "unit": "client",
+            "epsilon": 6.0,
+            "noise_multiplier": 0.9,
+            "client_sampling": "fixed",
+        }
+    )
     path = tmp_path / "job.toml"
     path.write_text(dump_job(run.job))
     done = fedlora(monkeypatch, capsys, "simulate", path, "--out", tmp_path / "out", "--json")
@@ -152,7 +163,7 @@ def test_a_budget_that_no_noise_fits_is_refused_before_round_1(make):
         {"training": {"optimizer_state": "keep"}},
         {"scenario": {"dropout": 0.5, "hostile": [{"kind": "nan", "clients": ["client-000"]}]}},
         {"privacy": {**PRIVATE, "client_sampling": "fixed", "noise": "secure"}},
-        {"privacy": {**PRIVATE, "population": 1000}},
+        {"privacy": SAMPLED, "federation": ONE},
     ],
 )
 def test_what_keeps_the_guarantee_runs(make, sections):
@@ -164,7 +175,9 @@ def test_what_keeps_the_guarantee_runs(make, sections):
 
 
 def test_no_amplification_needs_more_noise(make):
-    runs = [make(s, {**PRIVATE, "client_sampling": s}) for s in ("poisson", "fixed")]
+    runs = [
+        make(s, {**SAMPLED, "client_sampling": s}, federation=ONE) for s in ("poisson", "fixed")
+    ]
     for run in runs:
         run.go(1)
     poisson, fixed = (run.of("round")[0]["privacy"] for run in runs)
