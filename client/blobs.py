@@ -1,7 +1,7 @@
 """Blobs on their way: one that comes in pieces, and one that is sent in pieces."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -19,15 +19,23 @@ class IncomingBlob:
     Args:
         sha256: of the whole blob.
         announced: its bytes; None until the server says.
+        accept: is asked with the server's number of bytes before any is kept; raises what the
+            caller of `add` shall have if they are too many.
 
     Attributes:
         size: bytes that have come.
         checked: everything is here and has the digest.
     """
 
-    def __init__(self, sha256: str, announced: int | None) -> None:
+    def __init__(
+        self,
+        sha256: str,
+        announced: int | None,
+        accept: Callable[[int], None] = lambda size_bytes: None,
+    ) -> None:
         self.sha256 = sha256
         self.announced = announced
+        self.accept = accept
         self.size = 0
         self.checked = False
         self._digest = hashlib.sha256()
@@ -40,6 +48,7 @@ class IncomingBlob:
             DamagedBlob: the server has another size in mind, or sends more.
         """
         if self.announced is None:
+            self.accept(size_bytes)
             self.announced = size_bytes
         if size_bytes not in (0, self.announced):
             raise DamagedBlob(f"it has {size_bytes} bytes at the server, not {self.announced}")

@@ -16,8 +16,14 @@ from fedlora.errors import TransferError
 class Transfer(Protocol):
     """An open connection to an exchange."""
 
-    def fetch(self, ticket: str, digest: str, size_bytes: int | None = None) -> bytes:
-        """The blob with this digest; raises TransferError."""
+    def fetch(
+        self,
+        ticket: str,
+        digest: str,
+        size_bytes: int | None = None,
+        accept: Callable[[int], None] = ...,
+    ) -> bytes:
+        """The blob with this digest, if `accept` takes its size; raises TransferError."""
         ...
 
     def send(self, ticket: str, manifest: bytes, payload: bytes | Path, bytes_down: int = 0) -> int:
@@ -76,9 +82,8 @@ class Courier:
             return self.order.parts[digest]
         data = self.parts.find(digest)
         if data is None:
-            data = self._open().fetch(self.order.download_ticket, digest)
+            data = self._open().fetch(self.order.download_ticket, digest, accept=self._accept)
             self.down += len(data)
-            self.policy.check_bytes(down=self.down)
             self.parts.keep(digest, data)
         return data
 
@@ -96,6 +101,9 @@ class Courier:
             self.order.upload_ticket, kept.manifest, kept.payload, self.down
         )
         return None
+
+    def _accept(self, size_bytes: int) -> None:
+        self.policy.check_bytes(down=self.down + size_bytes)
 
     def _open(self) -> Transfer:
         if self._exchange is None:

@@ -79,17 +79,25 @@ class ExchangeClient:
         """Ends the connection."""
         self._channel.close()
 
-    def fetch(self, ticket: str, digest: str, size_bytes: int | None = None) -> bytes:
+    def fetch(
+        self,
+        ticket: str,
+        digest: str,
+        size_bytes: int | None = None,
+        accept: Callable[[int], None] = lambda size_bytes: None,
+    ) -> bytes:
         """The blob with this SHA-256, checked.
 
         Args:
             ticket: for the direction "down".
             size_bytes: what the blob must have, if that is known.
+            accept: is asked with the bytes that the server announces, before any is kept; what
+                it raises ends the fetch.
 
         Raises:
             TransferError: it was refused, or could not be had within the patience.
         """
-        blob = IncomingBlob(digest, size_bytes)
+        blob = IncomingBlob(digest, size_bytes, accept)
         patience = self._patience(f"blob {digest[:12]} could not be fetched")
         while not blob.checked:
             before = blob.size
@@ -98,7 +106,7 @@ class ExchangeClient:
             except grpc.RpcError as error:
                 patience.after(error, moved=blob.size > before)
             except DamagedBlob as error:
-                blob = IncomingBlob(digest, size_bytes)
+                blob = IncomingBlob(digest, size_bytes, accept)
                 patience.after_damage(str(error))
         return blob.data()
 

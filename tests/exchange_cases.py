@@ -74,6 +74,9 @@ class Exchange:
     def stub(self, credentials=None) -> DeltaExchangeStub:
         return DeltaExchangeStub(self.channel(credentials))
 
+    def when_closed(self, call) -> None:
+        self._open.callback(call)
+
     def close(self) -> None:
         self._open.close()
         self.server.drain(0)

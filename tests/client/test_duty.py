@@ -34,7 +34,7 @@ class Blobs:
         assert address == AT
         yield self
 
-    def fetch(self, ticket, digest, size_bytes=None):
+    def fetch(self, ticket, digest, size_bytes=None, accept=int):
         if digest not in self.offered:
             raise TransferError("no such blob")
         return self.offered[digest]

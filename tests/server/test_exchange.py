@@ -277,6 +277,27 @@ def test_only_what_the_run_offers_is_served_within_the_ticket(served, run):
     assert error.code() == Code.FAILED_PRECONDITION
 
 
+def test_more_than_the_caller_takes_is_refused_before_it_is_kept(served, run):
+    """A server that offers too much must not fill its clients' memory."""
+    offered = served.store.offer(run, bytes(8 * MIB))
+    kept = []
+
+    class TooLarge(Exception):
+        pass
+
+    def accept(size_bytes):
+        kept.append(size_bytes)
+        if size_bytes > limit:
+            raise TooLarge
+
+    client, ticket, limit = served.client(), served.ticket("down", run=run), 8 * MIB - 1
+    with pytest.raises(TooLarge):
+        client.fetch(ticket, offered, accept=accept)
+    limit = 8 * MIB
+    assert len(client.fetch(ticket, offered, accept=accept)) == limit
+    assert kept == [8 * MIB, 8 * MIB]
+
+
 class Paused:
     """An upload that sends its header and then waits."""
 
