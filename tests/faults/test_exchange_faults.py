@@ -213,8 +213,9 @@ def test_many_silent_callers_do_not_keep_an_honest_one_out(process):
         assert client.send(process.ticket(run="silent"), b"{}", b"abc") >= 3
         release.set()
         for call in calls:
-            # no ticket, no place
-            assert call.code() == grpc.StatusCode.UNAUTHENTICATED
+            # no ticket, no place; a busy server does not even look at some of them
+            refused = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)
+            assert call.code() in refused
         client.close()
     for opened in sockets:
         opened.close()
