@@ -263,11 +263,6 @@ def _prv_points(events: Sequence[Event], delta: float) -> float:
 
 def _opacus() -> Any:
     # it imports torch, which reading a ledger does not need until something was spent
-    try:
-        from opacus import accountants
-    except ImportError as e:
-        raise ConfigError(
-            "differential privacy needs Opacus, which is not installed; install it with: "
-            "pip install 'fedlora[privacy]'"
-        ) from e
+    from opacus import accountants
+
     return accountants

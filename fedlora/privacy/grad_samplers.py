@@ -29,11 +29,7 @@ Sampler = Callable[[Any, Sequence[Tensor], Tensor], Samples]
 
 
 def register_grad_samplers() -> None:
-    """Makes the samplers known to Opacus; calling it again changes nothing.
-
-    Raises:
-        ImportError: Opacus is not installed (extra "privacy").
-    """
+    """Makes the samplers known to Opacus; calling it again changes nothing."""
     from opacus.grad_sample import register_grad_sampler, register_norm_sampler
 
     for kind, sampler in SAMPLERS.items():

@@ -1,1 +1,1 @@
-"""Figures for Prometheus: what a run, an exchange, a worker and their processes do."""
+"""Figures for Prometheus: what runs and processes do."""

@@ -9,8 +9,6 @@ from prometheus_client import CollectorRegistry
 from fedlora.health import Health, Part
 from fedlora.telemetry.processes import ProcessMetrics
 from fedlora.telemetry.run import RunMetrics
-from fedlora.telemetry.transfers import TransferMetrics
-from fedlora.telemetry.worker import WorkerMetrics
 from tests.ops.events import EVENTS
 
 GUIDE = (Path(__file__).parents[2] / "docs/operations.md").read_text()
@@ -23,10 +21,6 @@ def families():
     runs = RunMetrics(registry)
     for event in EVENTS:
         runs.take(event, "demo")
-    transfers = TransferMetrics(registry, lambda: 1)
-    transfers.refused("ABORTED")
-    worker = WorkerMetrics(registry, lambda: 1, lambda: 1)
-    worker.done(bytes_up=1, bytes_down=1, seconds=1, seconds_to_first_step=1, kept=False)
     registry.register(ProcessMetrics(lambda: Health((Part("worker", True, 1),), True)))
     return list(registry.collect())
 

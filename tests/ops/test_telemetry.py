@@ -2,15 +2,12 @@
 
 import json
 import math
-import threading
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from fedlora.telemetry.journal import JournalMetrics
 from fedlora.telemetry.run import RunMetrics
-from fedlora.telemetry.transfers import TransferMetrics
-from fedlora.telemetry.worker import WorkerMetrics
 from tests.ops.events import EVENTS, START, rejected, round_event
 
 
@@ -186,57 +183,3 @@ def test_lines_that_are_no_events_are_passed_over(tmp_path):
     registry = CollectorRegistry()
     registry.register(JournalMetrics(lambda: {path: "demo"}))
     assert same(samples(registry), fed(EVENTS))
-
-
-def test_transfers_are_counted_from_many_threads():
-    registry, disk = CollectorRegistry(), [5]
-    metrics = TransferMetrics(registry, lambda: disk[0])
-    inside, go_on = threading.Barrier(5), threading.Barrier(5)
-
-    def transfer(direction):
-        with metrics.active(direction):
-            inside.wait(10)
-            go_on.wait(10)
-            for size in range(1000):
-                metrics.moved(direction, size)
-
-    threads = [threading.Thread(target=transfer, args=(d,)) for d in ("up", "up", "up", "down")]
-    for thread in threads:
-        thread.start()
-    inside.wait(10)
-    during = samples(registry)
-    disk[0] = 7
-    go_on.wait(10)
-    for thread in threads:
-        thread.join()
-    metrics.refused("RESOURCE_EXHAUSTED")
-    after = samples(registry)
-    assert during["fedlora_exchange_transfers_active direction=up"] == 3
-    assert during["fedlora_exchange_transfers_active direction=down"] == 1
-    assert during["fedlora_exchange_disk_bytes"] == 5
-    assert after["fedlora_exchange_disk_bytes"] == 7
-    assert after["fedlora_exchange_transfers_active direction=up"] == 0
-    assert after["fedlora_exchange_bytes_total direction=up"] == 3 * sum(range(1000))
-    assert after["fedlora_exchange_bytes_total direction=down"] == sum(range(1000))
-    assert after["fedlora_exchange_refused_total reason=RESOURCE_EXHAUSTED"] == 1
-
-
-def test_a_worker_s_calls_are_counted_by_how_they_ended():
-    registry, queue = CollectorRegistry(), [1, 2]
-    metrics = WorkerMetrics(registry, lambda: len(queue), lambda: 4096)
-    metrics.done(bytes_up=10, bytes_down=20, seconds=4.0, seconds_to_first_step=0.3, kept=False)
-    metrics.done(bytes_up=10, bytes_down=0, seconds=0.1, seconds_to_first_step=0.0, kept=True)
-    metrics.refused("POLICY")
-    found = samples(registry)
-    outcomes = ("done", "kept", "POLICY")
-    assert [found[f"fedlora_worker_work_total outcome={o}"] for o in outcomes] == [1, 1, 1]
-    assert found["fedlora_worker_bytes_total direction=up"] == 20
-    assert found["fedlora_worker_bytes_total direction=down"] == 20
-    assert found["fedlora_worker_work_seconds_count"] == 1
-    assert found["fedlora_worker_work_seconds_sum"] == 4.0
-    assert found["fedlora_worker_first_step_seconds_count"] == 1
-    assert found["fedlora_worker_first_step_seconds_sum"] == 0.3
-    assert found["fedlora_worker_queue_length"] == 2
-    assert found["fedlora_worker_memory_bytes"] == 4096
-    queue.clear()
-    assert samples(registry)["fedlora_worker_queue_length"] == 0
