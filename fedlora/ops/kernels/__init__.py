@@ -1,0 +1,1 @@
+"""Triton kernels. Imported only when one is used: Triton need not be installed."""
