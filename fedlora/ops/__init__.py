@@ -1,1 +1,1 @@
-"""Fast operations of training and aggregation: each a plain torch definition, some with a kernel."""
+"""Fast operations: each a plain torch definition, some with a Triton kernel."""
