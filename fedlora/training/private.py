@@ -99,7 +99,13 @@ class PrivateTrainer:
                 if rate:
                     self._need_moved(before, work)
                 rate_sum += rate
-        return LocalResult(None, 0, rate_sum, optimizer_tensors(optimizer, parameters))
+        return LocalResult(
+            None,
+            0,
+            rate_sum,
+            self.adapted.state().tensors,
+            optimizer_tensors(optimizer, parameters),
+        )
 
     def _sums(
         self,
