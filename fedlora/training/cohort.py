@@ -128,9 +128,6 @@ class Cohort:
             batches = [next(client.batches) for client in clients]
             for client in clients:
                 client.key = client.training.work.dropout_key(step, index)
-            before = (
-                gradients.clone() if index else torch.zeros_like(gradients[:1]).expand_as(gradients)
-            )
             begin = 0
             while begin < active:
                 end = min(active, begin + self.width)
@@ -141,8 +138,7 @@ class Cohort:
                 except RuntimeError as e:
                     if end - begin == 1 or not out_of_memory(e):
                         raise
-                    # still the same step: what these clients added to their gradients is undone
-                    gradients[begin:end] = before[begin:end]
+                    # still the same step: these clients have added nothing to their gradients
                     self.width = (end - begin) // 2
                     continue
                 for row, client in enumerate(clients[begin:end]):
@@ -178,7 +174,10 @@ class Cohort:
     ) -> tuple[list[float], list[int]]:
         """Adds the gradients of one micro-batch of some clients; their summed losses and counts."""
         room = max(len(batch.target) for batch in batches)
-        values = self._rows.leaves(rows)
+        values = {
+            name: value.detach().requires_grad_()
+            for name, value in self._rows.tensors(self._rows.values, rows).items()
+        }
         stacked.hold({**values, **{name: value[rows] for name, value in self._frozen.items()}})
         stacked.mask(
             room,
@@ -191,7 +190,8 @@ class Cohort:
             losses = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
         sums = losses.view(len(clients), -1).sum(1)  # (K,)
         # each client's loss reaches its own factors alone, so their sum has all the gradients
-        sums.sum().backward()  # type: ignore[no-untyped-call]
+        found = torch.autograd.grad(sums.sum(), list(values.values()), allow_unused=True)
+        self._rows.add(rows, dict(zip(values, found, strict=True)))
         counts = (target != IGNORE).view(len(clients), -1).sum(1)
         return sums.detach().tolist(), counts.tolist()
 

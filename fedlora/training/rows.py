@@ -55,6 +55,7 @@ class Rows:
         for name, (place, _) in self._places.items():
             self._multiplier[0, place] = multipliers[name]
         self._plain = set(multipliers.values()) <= {1.0}
+        self._used: set[str] = set()
         self._restore(moments)
 
     def tensors(self, source: Tensor, rows: slice) -> dict[str, Tensor]:
@@ -65,15 +66,13 @@ class Rows:
             for name, (place, shape) in self._places.items()
         }
 
-    def leaves(self, rows: slice) -> dict[str, Tensor]:
-        """The same views of the values, whose gradients land in `gradients`."""
-        gradients = self.tensors(self.gradients, rows)
-        found = {}
-        for name, value in self.tensors(self.values, rows).items():
-            leaf = value.detach().requires_grad_()
-            leaf.grad = gradients[name]
-            found[name] = leaf
-        return found
+    def add(self, rows: slice, gradients: Mapping[str, Tensor | None]) -> None:
+        """Adds gradients (k, *shape) of some clients; None for a tensor that was not used."""
+        own = self.tensors(self.gradients, rows)
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                own[name] += gradient
+                self._used.add(name)
 
     def parameters(self, row: int) -> dict[str, nn.Parameter]:
         """One client's tensors with their gradients, as views that may be edited in place."""
@@ -101,11 +100,14 @@ class Rows:
         active = len(rates)
         value, gradient = self.values[:active], self.gradients[:active]
         moments = [moment[:active] for moment in self._moments]
+        # as without a gradient: no decay either
+        idle = [name for name in self._places if name not in self._used]
+        kept = [(place, value[:, place].clone()) for place in map(self._place, idle)]
         rate = self._column(rates)
         if not self._plain:
             rate = rate * self._multiplier
         decay = self.settings.weight_decay
-        self._steps[:active] += 1.0
+        self._steps[:active] += torch.tensor([float(name in self._used) for name in self._places])
         if self.settings.optimizer == "adamw":
             steps = self._steps[:active]
             value.mul_(1.0 - rate * decay)
@@ -123,7 +125,10 @@ class Rows:
                 buffer.mul_(self.settings.momentum).add_(gradient)
                 gradient.copy_(buffer)
             value.sub_(gradient.mul_(rate))
+        for place, before in kept:
+            value[:, place] = before
         self.gradients[:active].zero_()
+        self._used.clear()
 
     def moments(self, row: int) -> dict[str, Tensor]:
         """One client's optimiser state, as `optimizer_tensors` names it."""
@@ -155,6 +160,9 @@ class Rows:
                     assert value is not None
                     buffer[row, place] = value.flatten().to(buffer)
                 self._steps[row, column] = float(tensors.get(f"{name}.step", 1.0))
+
+    def _place(self, name: str) -> slice:
+        return self._places[name][0]
 
     def _keeps(self) -> bool:
         return self.settings.optimizer == "adamw" or bool(self.settings.momentum)
