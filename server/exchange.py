@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from fedlora.errors import ConfigError
 from fedlora.server.blob_store import BlobStore
+from fedlora.server.call_limit import CallLimit
 from fedlora.server.exchange_service import MAX_WATCHES, SERVICE, ExchangeService
+from fedlora.server.open_services import HealthService, ReflectionService, certified, everybody
 from fedlora.server.request_deadline import RequestDeadline
 from fedlora.server.run_events import RunEvents
 from fedlora.server.transfers import Transfers
@@ -19,10 +21,10 @@ from fedlora.server.transfers import Transfers
 MAX_MESSAGE_BYTES = 4 << 20
 # short calls that find a thread while all transfers and watches are busy
 SPARE_THREADS = 64
+# calls of one caller: all watches, and a few short ones beside
+MAX_CALLS = MAX_WATCHES + 8
 # the only message of such a call comes with it or soon after
 READ_S = 10.0
-# reflection is for people at a terminal
-MAX_TALKS = 2
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -37,19 +39,6 @@ OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),
 )
-
-
-class Health(health.HealthServicer):  # type: ignore[misc]  # has no types
-    """Answers when it is asked; a Watch would hold a thread for as long as a stranger likes."""
-
-    def Watch(  # noqa: N802
-        self,
-        request: health_pb2.HealthCheckRequest,
-        context: grpc.ServicerContext,
-        send_response_callback: object = None,
-    ) -> None:
-        """Not offered."""
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask again with Check")
 
 
 class ExchangeServer:
@@ -94,12 +83,11 @@ class ExchangeServer:
         self._draining = threading.Event()
         self.transfers = Transfers(max_transfers, stall_s)
         self._reads = Transfers(SPARE_THREADS, min(stall_s, READ_S))
-        self._talks = Transfers(MAX_TALKS, min(stall_s, READ_S))
         threads = max_transfers + MAX_WATCHES + SPARE_THREADS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "exchange"),
             options=OPTIONS,
-            interceptors=[RequestDeadline(self._reads, self._talks)],
+            interceptors=[CallLimit(MAX_CALLS), RequestDeadline(self._reads)],
             # what finds no thread is refused, for waiting in a queue it would hold memory
             maximum_concurrent_rpcs=threads,
         )
@@ -116,11 +104,14 @@ class ExchangeServer:
         self._service.add_to_server(self._server)
         for add_to_server in (services or {}).values():
             add_to_server(self._server)
-        self._health = Health()
+        admit = certified(is_revoked) if require_identity else everybody
+        self._health = HealthService(admit)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._names = (SERVICE, *(services or {}))
         shown = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(shown, self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            ReflectionService(shown, admit, self._reads), self._server
+        )
         self._credentials = credentials
 
     def start(self) -> int:
@@ -141,7 +132,6 @@ class ExchangeServer:
         self._server.start()
         self.transfers.start()
         self._reads.start()
-        self._talks.start()
         for name in ("", *self._names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return int(port)
@@ -167,4 +157,3 @@ class ExchangeServer:
         self._server.stop(grace_s).wait()
         self.transfers.stop()
         self._reads.stop()
-        self._talks.stop()

@@ -3,9 +3,9 @@
 import time
 from dataclasses import dataclass, field
 
-# then a message is posted again, and again after twice as long, up to MOST_S. A ClientApp that is killed
-# before it has taken its message leaves no trace of it: Flower neither gives the message to the
-# next one nor answers with an error
+# then a message is posted again, and again after twice as long, up to MOST_S. A ClientApp that is
+# killed before it has taken its message leaves no trace of it: Flower neither gives the message
+# to the next one nor answers with an error
 UNHEARD_S = 45.0
 MOST_S = 300.0
 

@@ -17,13 +17,10 @@ class RequestDeadline(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has
 
     Args:
         reads: places for calls whose message is awaited.
-        talks: places for calls that send as long as they like, i.e. reflection; each may take
-            as long as a read.
     """
 
-    def __init__(self, reads: Transfers, talks: Transfers) -> None:
+    def __init__(self, reads: Transfers) -> None:
         self._reads = reads
-        self._talks = talks
 
     def intercept_service(
         self,
@@ -32,15 +29,7 @@ class RequestDeadline(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has
     ) -> grpc.RpcMethodHandler | None:
         """See grpc.ServerInterceptor."""
         handler = continuation(handler_call_details)
-        if handler is None:
-            return None
-        if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                self._browsed(handler.stream_stream),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.request_streaming:
+        if handler is None or handler.request_streaming:
             return handler
         inner = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
@@ -60,17 +49,6 @@ class RequestDeadline(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has
             )
         )
         return made
-
-    def _browsed(
-        self, inner: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[Any]]
-    ) -> Callable[[Iterator[Any], grpc.ServicerContext], Iterator[Any]]:
-        def stream(messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            with self._talks.admit(context.cancel) as place:
-                if place is None:
-                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls; try again")
-                yield from inner(messages, context)
-
-        return stream
 
     def _only(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
         with self._reads.admit(context.cancel) as place:

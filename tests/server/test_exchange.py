@@ -21,6 +21,7 @@ from fedlora.protos.exchange_pb2 import (
     UploadMessage,
     WatchRequest,
 )
+from fedlora.server.exchange import MAX_CALLS
 from tests.certificates import Authority
 from tests.exchange_cases import Exchange, exchange, largest_file, metadata
 
@@ -485,6 +486,68 @@ def test_health_reflection_and_further_services_are_on_the_port(tmp_path):
         assert channel.unary_unary("/some.Echo/Say")(b"hello") == b"hello"
 
 
+class Idle:
+    """Streams of one caller that say nothing, over as many connections as they need."""
+
+    def __init__(self, served, count, method="/grpc.reflection.v1alpha.ServerReflection/"):
+        self._release = threading.Event()
+        self.calls = []
+        for start in range(0, count, 32):
+            channel = served.channel()
+            stream = channel.stream_stream(method + "ServerReflectionInfo")
+            self.calls += [stream(self._silence()) for _ in range(min(32, count - start))]
+
+    def _silence(self):
+        self._release.wait()
+        yield from ()
+
+    def end(self):
+        for call in self.calls:
+            call.cancel()
+        self._release.set()
+
+
+def test_one_caller_does_not_take_the_threads_of_all(tmp_path):
+    """Six connections of 32 idle streams each are more than the server has threads."""
+    with exchange(tmp_path) as served:
+        idle = Idle(served, 6 * 32)
+        # as many as one may have stay; the others were refused, so all have arrived
+        ends = time.monotonic() + 20
+        while sum(call.is_active() for call in idle.calls) > MAX_CALLS:
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        ticket = served.ticket(client="b")
+        served.client("b", wait=lambda seconds: pytest.fail("was refused")).send(ticket, b"", b"x")
+        idle.end()
+
+
+def test_an_idle_reflection_ends(tmp_path):
+    with exchange(tmp_path, stall_s=0.2) as served:
+        idle = Idle(served, 1)
+        assert refusal(lambda: next(idle.calls[0])).code() == Code.CANCELLED
+        idle.end()
+
+
+def test_health_and_reflection_are_not_for_the_revoked_and_never_for_long(tmp_path):
+    with exchange(tmp_path) as served:
+        issued = served.authority.issue("eve", "client")
+        channel = served.channel(served.authority.channel_credentials(issued))
+        health = health_pb2_grpc.HealthStub(channel)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        error = refusal(lambda: next(health.Watch(request)))
+        assert error.code() == Code.UNIMPLEMENTED
+        served.revoked.add(issued.serial)
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        for call in (
+            lambda: health.Check(request),
+            lambda: next(reflection.ServerReflectionInfo(iter([asked]))),
+        ):
+            error = refusal(call)
+            assert error.code() == Code.PERMISSION_DENIED
+            assert "is revoked" in error.details()
+
+
 def test_plain_text_is_served_only_without_identities_and_on_request(tmp_path):
     with pytest.raises(ConfigError, match="TLS"):
         Exchange(tmp_path, credentials=None)
@@ -497,34 +560,3 @@ def test_plain_text_is_served_only_without_identities_and_on_request(tmp_path):
 def test_a_taken_address_is_named(served, tmp_path):
     with pytest.raises(ConfigError, match=f"127.0.0.1:{served.port} cannot be bound"):
         Exchange(tmp_path, address=f"127.0.0.1:{served.port}")
-
-
-def test_idle_calls_of_reflection_and_health_hold_up_nobody(served):
-    """Neither asks for a ticket, so that each may take a place of its own only."""
-    channel = served.channel()
-    talk = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
-    never = threading.Event()
-
-    def silent():
-        never.wait(30)
-        yield from ()
-
-    ended = threading.Semaphore(0)
-    idle = [talk(silent()) for _ in range(12)]
-    try:
-        for call in idle:
-            # what has ended already calls nobody back
-            if not call.add_callback(ended.release):
-                ended.release()
-        for _ in range(10):
-            assert ended.acquire(timeout=20)
-        refused = [call for call in idle if not call.is_active()]
-        assert {call.code() for call in refused} == {Code.RESOURCE_EXHAUSTED}
-        health = health_pb2_grpc.HealthStub(channel)
-        assert health.Check(health_pb2.HealthCheckRequest()).status == 1
-        watch = health.Watch(health_pb2.HealthCheckRequest())
-        assert refusal(lambda: next(watch)).code() is Code.UNIMPLEMENTED
-    finally:
-        never.set()
-        for call in idle:
-            call.cancel()
