@@ -23,6 +23,10 @@ MAX_MESSAGE_BYTES = 4 << 20
 SPARE_THREADS = 64
 # calls of one caller: all watches, and a few short ones beside
 MAX_CALLS = MAX_WATCHES + 8
+# of one client: the one it makes, and one that broke and has not been noticed yet
+TRANSFERS_EACH = 2
+# less than this on average is no transfer; clients give up at twice as much
+SLOWEST_BYTES_PER_S = 8 * 1024
 # the only message of such a call comes with it or soon after
 READ_S = 10.0
 
@@ -81,7 +85,9 @@ class ExchangeServer:
             raise ConfigError("identities need TLS; give credentials, or require no identity")
         self._address = address
         self._draining = threading.Event()
-        self.transfers = Transfers(max_transfers, stall_s)
+        self.transfers = Transfers(
+            max_transfers, stall_s, most_each=TRANSFERS_EACH, slowest=SLOWEST_BYTES_PER_S
+        )
         self._reads = Transfers(SPARE_THREADS, min(stall_s, READ_S))
         threads = max_transfers + MAX_WATCHES + SPARE_THREADS
         self._server = grpc.server(

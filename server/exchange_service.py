@@ -113,7 +113,7 @@ class ExchangeService:
     def upload(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> UploadReply:
         """One client's reply, from where it broke off."""
         ticket = self._ticket(context, "up")
-        with self._place(context) as transfer:
+        with self._place(ticket, context) as transfer:
             header = read_header(messages, context)
             check_header(header, ticket, context)
             with statuses(context):
@@ -129,7 +129,7 @@ class ExchangeService:
         ticket = self._ticket(context, "down")
         check_digest(request.sha256, context)
         with (
-            self._place(context) as transfer,
+            self._place(ticket, context) as transfer,
             self._offered(ticket, request.sha256, context) as file,
         ):
             size = os.fstat(file.fileno()).st_size
@@ -148,7 +148,7 @@ class ExchangeService:
             file.seek(request.offset_bytes)
             yield download_chunk(file.read(CHUNK_BYTES), size)
             while chunk := file.read(CHUNK_BYTES):
-                transfer.progress()
+                transfer.progress(len(chunk))
                 yield download_chunk(chunk)
 
     def watch(self, request: WatchRequest, context: grpc.ServicerContext) -> Iterator[RunEvent]:
@@ -207,8 +207,9 @@ class ExchangeService:
         ) as upload:
             transfer.progress()
             for message in messages:
-                upload.append(read_chunk(message, context))
-                transfer.progress()
+                chunk = read_chunk(message, context)
+                upload.append(chunk)
+                transfer.progress(len(chunk))
             upload.finish()
 
     def _ticket(
@@ -267,10 +268,10 @@ class ExchangeService:
         return identity.name
 
     @contextmanager
-    def _place(self, context: grpc.ServicerContext) -> Iterator[Transfer]:
+    def _place(self, ticket: Ticket, context: grpc.ServicerContext) -> Iterator[Transfer]:
         if self._draining.is_set():
             refuse(context, grpc.StatusCode.UNAVAILABLE, "the server is draining; try again")
-        with self._transfers.admit(context.cancel) as transfer:
+        with self._transfers.admit(context.cancel, ticket.client) as transfer:
             if transfer is None:
                 refuse(
                     context,

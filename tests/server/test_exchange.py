@@ -302,10 +302,10 @@ def test_more_than_the_caller_takes_is_refused_before_it_is_kept(served, run):
 class Paused:
     """An upload that sends its header and then waits."""
 
-    def __init__(self, served, data: bytes, ticket: str) -> None:
+    def __init__(self, served, data: bytes, ticket: str, at_least: int = 1) -> None:
         self._go = threading.Event()
         self.call = served.stub().Upload.future(self._body(data), metadata=metadata(ticket))
-        while not len(served.server.transfers):
+        while len(served.server.transfers) < at_least:
             # the call is refused when there is no place for it
             if self.call.done():
                 break
@@ -351,6 +351,19 @@ def test_a_transfer_that_stands_still_loses_its_place(tmp_path):
         unread = served.stub().Download(request, metadata=metadata(served.ticket("down")))
         assert len(served.client("b").fetch(served.ticket("down", client="b"), offered)) == 64 * MIB
         unread.cancel()
+
+
+def test_a_client_with_two_transfers_under_way_has_no_third(tmp_path):
+    with exchange(tmp_path) as served:
+        tickets = [served.ticket(run=f"run-{i}") for i in range(3)]
+        paused = [
+            Paused(served, b"abc", ticket, at_least=i + 1) for i, ticket in enumerate(tickets)
+        ]
+        assert refusal(paused[2].call.result).code() == Code.RESOURCE_EXHAUSTED
+        served.client("b").send(served.ticket(client="b"), b"{}", b"xyz")
+        for one in paused:
+            one.go_on()
+        assert [one.call.result().size_bytes for one in paused[:2]] == [3, 3]
 
 
 def test_a_call_without_its_message_is_ended(tmp_path):
