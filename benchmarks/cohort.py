@@ -1,0 +1,350 @@
+"""Many small clients on one machine: one by one, together, and in Flower's own simulation.
+
+    PYTHONPATH=. python -m benchmarks.cohort [--repeat 3] [--no-flower]
+
+Every client of a job takes the same steps on a model with random weights. `alone` is the local
+engine, `cohort` the same with run.cohort = "auto". `flower` is Flower's simulation on Ray with a
+ClientApp that trains by the same function, once with the model kept in its worker processes and
+once (`flower, building`) with the model loaded in the train handler, as its examples do; both
+with one worker per core and FedAvg.
+
+Every measurement is a fresh process, and engines take turns. A round's seconds count from the
+second round on, so that start-up counts for nobody. Writes cohort.json and cohort.md into --out.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.overhead import _reset_peak, _rss
+from fedlora.config.job import Job
+from fedlora.models.loaded import Loaded, load
+from fedlora.server.machine import machine
+from fedlora.simulation.federation import Federation
+from fedlora.training.trainer import LocalWork, train
+
+MIB = 2**20
+WORDS = 500
+ROWS = 40  # of each client
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement in a process of its own.
+
+    Attributes:
+        engine: "alone", "cohort", "flower" or "flower, building".
+        batch, tokens: texts of a client's step, and tokens of each.
+    """
+
+    engine: str
+    clients: int = 16
+    layers: int = 4
+    hidden: int = 128
+    batch: int = 4
+    tokens: int = 16
+    steps: int = 10
+    rounds: int = 3
+
+
+def prepare(case: Case, folder: Path) -> None:
+    """A model and rows of random words."""
+    vocabulary = {"<pad>": 0, "<unk>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(WORDS)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+    ).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=case.hidden,
+            intermediate_size=4 * case.hidden,
+            num_hidden_layers=case.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
+        )
+    ).save_pretrained(folder / "model")
+    draws = torch.Generator().manual_seed(0)
+    count = ROWS * case.clients
+    # the end of a text is a token of its own
+    rows = torch.randint(WORDS, (count, case.tokens - 1), generator=draws).tolist()
+    lines = ["text", *(" ".join(f"w{i}" for i in row) for row in rows)]
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+
+
+def job_for(case: Case, folder: Path) -> Job:
+    """The job of a case."""
+    return Job.model_validate(
+        {
+            "model": {"name": str(folder / "model"), "task": "causal-lm"},
+            "data": {
+                "source": str(folder / "rows.csv"),
+                "max_length": case.tokens,
+                "packed": False,
+                "max_validation": 1,
+            },
+            "partition": {"kind": "iid", "clients": case.clients},
+            "adapter": {"rank": 8},
+            "training": {
+                "local_steps": case.steps,
+                "batch_size": case.batch,
+                "learning_rate": 1e-3,
+            },
+            "federation": {"rounds": case.rounds},
+            # scores are no part of training
+            "evaluation": {"every": case.rounds},
+            "run": {"cohort": "auto" if case.engine == "cohort" else "off"},
+        }
+    )
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Runs a case in this process.
+
+    Returns:
+        round_s: seconds of each round's training, without the first one's.
+        width: clients that were trained together.
+        grown: resident bytes at most, above those before round 1.
+    """
+    prepare(case, folder)
+    if case.engine.startswith("flower"):
+        return {"round_s": _flower(case, folder)}
+    job = job_for(case, folder)
+    rounds: list[dict[str, Any]] = []
+
+    def keep(event: dict[str, Any]) -> None:
+        if event["event"] == "round":
+            rounds.append(event)
+
+    federation = Federation(job, load(job), emit=keep)
+    store = federation.start(folder / "run")
+    gc.collect()
+    before = _rss("VmRSS")
+    _reset_peak()
+    federation.run(store)
+    store.close()
+    return {
+        "round_s": [event["seconds"]["clients"] for event in rounds[1:]],
+        "width": federation.width.clients,
+        "grown": _rss("VmHWM") - before,
+        "adapter_bytes": rounds[-1]["bytes_up"] // case.clients,
+    }
+
+
+@lru_cache(maxsize=1)
+def _held(folder: Path, text: str) -> tuple[Job, Loaded]:
+    """Model and data of a worker process of Flower's."""
+    job = Job.model_validate_json(text)
+    return job, load(job)
+
+
+def _flower(case: Case, folder: Path) -> list[float]:
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+    from flwr.app import RecordDict as Records
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    client_app, server_app = ClientApp(), ServerApp()
+    stamps: list[float] = []
+    job = job_for(case, folder)
+    text, cores = job.model_dump_json(), os.cpu_count() or 1
+    initial = {name: value.numpy() for name, value in load(job).initial.tensors.items()}
+    building = case.engine == "flower, building"
+
+    @client_app.train()
+    def fit(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)
+        if building:
+            _held.cache_clear()
+        job, loaded = _held(folder, text)
+        name = sorted(loaded.data.clients)[int(context.node_config["partition-id"])]
+        arrays = message.content["arrays"]
+        loaded.adapted.load({key: torch.tensor(a.numpy()) for key, a in arrays.items()})
+        examples = loaded.data.clients[name].train
+        steps = job.training.local_steps
+        result = train(
+            loaded.adapted,
+            examples,
+            LocalWork(("A", "B"), steps, 0, steps, seed=0, client=name, round=1),
+            job.training,
+            task=job.model.task,
+            pad_id=loaded.processor.pad_id,
+        )
+        content = Records(
+            {
+                "arrays": ArrayRecord({k: Array(v.numpy()) for k, v in result.trained.items()}),
+                "metrics": MetricRecord({"num-examples": len(examples)}),
+            }
+        )
+        return Message(content=content, reply_to=message)
+
+    def stamp(number: int, arrays: ArrayRecord) -> None:
+        stamps.append(time.perf_counter())
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        FedAvg(
+            fraction_train=1.0,
+            fraction_evaluate=0.0,
+            min_train_nodes=case.clients,
+            min_available_nodes=case.clients,
+        ).start(
+            grid=grid,
+            initial_arrays=ArrayRecord({name: Array(a) for name, a in initial.items()}),
+            num_rounds=case.rounds,
+            train_config=ConfigRecord({}),
+            evaluate_fn=stamp,
+        )
+
+    run_simulation(
+        server_app,
+        client_app,
+        num_supernodes=case.clients,
+        backend_name="ray",
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": cores, "include_dashboard": False},
+        },
+    )
+    if len(stamps) != case.rounds + 1:
+        raise AssertionError(f"Flower finished {len(stamps) - 1} of {case.rounds} rounds")
+    return [b - a for a, b in itertools.pairwise(stamps)][1:]
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Runs `case` in a fresh process and returns what it measured.
+
+    Raises:
+        RuntimeError: the process failed; with the end of its output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_HOME": str(Path(folder) / "flwr"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "benchmarks.cohort"]
+        command += ["--case", json.dumps(asdict(case)), "--out", folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        output = Path(folder) / "result.json"
+        if done.returncode or not output.is_file():
+            raise RuntimeError(f"{case} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+        found: dict[str, Any] = json.loads(output.read_text())
+        return found
+
+
+def _child(fields: Mapping[str, Any], folder: Path) -> None:
+    torch.set_num_threads(1)
+    (folder / "result.json").write_text(json.dumps(measure(Case(**fields), folder)))
+
+
+# hidden width, texts of a step, tokens of a text
+SIZES = ((64, 4, 16), (128, 4, 16), (128, 8, 32), (256, 4, 16), (256, 8, 32), (256, 16, 64))
+
+
+def main() -> None:
+    """Measures all, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--no-flower", dest="flower", action="store_false")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case:
+        _child(json.loads(given.case), given.out)
+        return
+    found: dict[str, Any] = {"machine": machine(1), "engines": {}, "sizes": [], "memory": []}
+    engines = ["alone", "cohort", *(["flower", "flower, building"] if given.flower else [])]
+    for _ in range(given.repeat):
+        for engine in engines:
+            case = Case(engine, rounds=3)
+            seconds = statistics.median(run_case(case)["round_s"])
+            found["engines"].setdefault(engine, []).append(seconds)
+            print(f"{engine}: {seconds:.2f} s a round", flush=True)
+    for hidden, batch, tokens in SIZES:
+        row: dict[str, Any] = {"hidden": hidden, "batch": batch, "tokens": tokens, "ratios": []}
+        for _ in range(given.repeat):
+            size = {"hidden": hidden, "batch": batch, "tokens": tokens, "steps": 4}
+            alone, cohort = (run_case(Case(engine, **size)) for engine in ("alone", "cohort"))
+            row["width"] = cohort["width"]
+            row["ratios"].append(
+                statistics.median(alone["round_s"]) / statistics.median(cohort["round_s"])
+            )
+        print(row, flush=True)
+        found["sizes"].append(row)
+    for clients in (1, 16, 64):
+        result = run_case(Case("cohort", clients=clients, steps=2, rounds=2))
+        found["memory"].append({"clients": clients, **result})
+        print(clients, result, flush=True)
+    (given.out / "cohort.json").write_text(json.dumps(found, indent=1) + "\n")
+    (given.out / "cohort.md").write_text(page(found))
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The results as markdown."""
+    cohort = statistics.median(found["engines"]["cohort"])
+    out = [
+        "# Many small clients on one machine",
+        "",
+        "`PYTHONPATH=. python -m benchmarks.cohort`, see there for what is measured: 16 clients, "
+        "4 layers, LoRA of rank 8 on every linear layer, 10 steps a round.",
+        "",
+        f"Machine: {found['machine']}.",
+        "",
+        "Hidden width 128, 64 tokens of every client in a step; median (range) of the runs.",
+        "",
+        "| engine | s a round | times the cohort's |",
+        "| --- | ---: | ---: |",
+    ]
+    for engine, seconds in found["engines"].items():
+        middle = statistics.median(seconds)
+        out.append(
+            f"| {engine} | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
+            f"{middle / cohort:.2f} |"
+        )
+    out += ["", 'run.cohort = "auto" against "off", by size (how many are trained together):', ""]
+    out += [
+        "| hidden | texts x tokens | together | times as fast |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for row in found["sizes"]:
+        ratios = row["ratios"]
+        out.append(
+            f"| {row['hidden']} | {row['batch']} x {row['tokens']} | {row['width']} | "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        )
+    out += ["", "Memory of the process above what it held before round 1:", ""]
+    out += ["| clients | MiB | adapters, MiB |", "| ---: | ---: | ---: |"]
+    for row in found["memory"]:
+        own = row["clients"] * row["adapter_bytes"] / MIB
+        out.append(f"| {row['clients']} | {row['grown'] / MIB:.0f} | {own:.1f} |")
+    return "\n".join([*out, ""])
+
+
+if __name__ == "__main__":
+    main()
