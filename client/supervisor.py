@@ -15,6 +15,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from fedlora.client.joining import Joined, join, new_node_key
+from fedlora.client.worker_metrics import WorkerMetrics, ask
 from fedlora.errors import JoinDelayed
 from fedlora.health import Health, HealthServer
 from fedlora.processes import Child
@@ -186,6 +187,7 @@ class ClientSupervisor:
             return None
         registry = CollectorRegistry()
         registry.register(ProcessMetrics(self.status))
+        registry.register(WorkerMetrics(lambda: ask(self.socket)))
         return HealthServer(self.options.health, self.status, registry)
 
     def _worker(self) -> Child:

@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,17 @@ class Activity:
     stage: str = ""
 
 
+@dataclass
+class Totals:
+    """What the worker has done since it started, as worker.proto says."""
+
+    answered: int = 0
+    refused: int = 0
+    steps: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
 class Worker(WorkerServicer):
     """Serves calls one at a time.
 
@@ -76,6 +87,7 @@ class Worker(WorkerServicer):
         self.idle_s = idle_s
         self.ends_idle = ends_idle
         self.activity = Activity()
+        self.totals = Totals()
         self._line: Line[Call] = Line(most_waiting)
         self._stopping = threading.Event()
 
@@ -96,7 +108,9 @@ class Worker(WorkerServicer):
             self.duty.resident.drop()
             return not (self.ends_idle and self._line.close_if_empty())
         try:
-            call.events.put(self._answer(call))
+            found = self._answer(call)
+            self._count(found)
+            call.events.put(found)
         except Stopping:
             call.lost()
             return False
@@ -116,6 +130,7 @@ class Worker(WorkerServicer):
             if self._stopping.is_set():
                 raise Stopping
             self.activity = Activity(plan.run, plan.round, stage)
+            self.totals.steps += stage == "training"
             progress = pb.Progress(stage=stage, step=done, steps=planned)
             call.events.put(pb.WorkEvent(progress=progress))
 
@@ -132,6 +147,14 @@ class Worker(WorkerServicer):
             what = (str(e).splitlines() or [""])[0]
             return _refused("FAILED", f"{type(e).__name__}: {SEE_LOG if private else what}")
 
+    def _count(self, found: "pb.WorkEvent | Answer") -> None:
+        if isinstance(found, Answer):
+            self.totals.answered += 1
+            self.totals.bytes_down += found.bytes_down
+            self.totals.bytes_up += found.bytes_up
+        else:
+            self.totals.refused += 1
+
     def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:  # noqa: N802
         """See worker.proto."""
         activity = self.activity
@@ -146,6 +169,7 @@ class Worker(WorkerServicer):
             base_fingerprint=self.duty.resident.fingerprint,
             memory_bytes=_resident_bytes(),
             kept_updates=len(self.duty.outbox),
+            **asdict(self.totals),
         )
 
     def Work(  # noqa: N802

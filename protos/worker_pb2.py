@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64lora/protos/worker.proto\x12\nfedlora.v1\"\x0f\n\rStatusRequest\"\xbc\x01\n\x0bStatusReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x0b\n\x03run\x18\x05 \x01(\t\x12\r\n\x05round\x18\x06 \x01(\r\x12\r\n\x05stage\x18\x07 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x08 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12\x14\n\x0ckept_updates\x18\n \x01(\r\"i\n\x0bWorkMessage\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.fedlora.v1.WorkHeaderH\x00\x12%\n\x04part\x18\x02 \x01(\x0b\x32\x15.fedlora.v1.PartChunkH\x00\x42\t\n\x07\x63ontent\"\xa2\x01\n\nWorkHeader\x12\x10\n\x08job_toml\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x10\n\x08\x65xchange\x18\x03 \x01(\t\x12\x17\n\x0f\x64ownload_ticket\x18\x04 \x01(\t\x12\x15\n\rupload_ticket\x18\x05 \x01(\t\x12\x14\n\x0c\x61\x63knowledged\x18\x06 \x03(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x07 \x01(\t\"*\n\tPartChunk\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\"\xaf\x01\n\tWorkEvent\x12\x10\n\x06queued\x18\x01 \x01(\rH\x00\x12(\n\x08progress\x18\x02 \x01(\x0b\x32\x14.fedlora.v1.ProgressH\x00\x12 \n\x04\x64one\x18\x03 \x01(\x0b\x32\x10.fedlora.v1.DoneH\x00\x12&\n\x07refused\x18\x04 \x01(\x0b\x32\x13.fedlora.v1.RefusedH\x00\x12\x11\n\x07payload\x18\x05 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"6\n\x08Progress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\"|\n\x04\x44one\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x12\n\nbytes_down\x18\x02 \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x03 \x01(\x04\x12\x1d\n\x15seconds_to_first_step\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0c\n\x04kept\x18\x06 \x01(\x08\"\'\n\x07Refused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t2\x82\x01\n\x06Worker\x12<\n\x06Status\x12\x19.fedlora.v1.StatusRequest\x1a\x17.fedlora.v1.StatusReply\x12:\n\x04Work\x12\x17.fedlora.v1.WorkMessage\x1a\x15.fedlora.v1.WorkEvent(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64lora/protos/worker.proto\x12\nfedlora.v1\"\x0f\n\rStatusRequest\"\x94\x02\n\x0bStatusReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x0b\n\x03run\x18\x05 \x01(\t\x12\r\n\x05round\x18\x06 \x01(\r\x12\r\n\x05stage\x18\x07 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x08 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12\x14\n\x0ckept_updates\x18\n \x01(\r\x12\x10\n\x08\x61nswered\x18\x0b \x01(\x04\x12\x0f\n\x07refused\x18\x0c \x01(\x04\x12\r\n\x05steps\x18\r \x01(\x04\x12\x12\n\nbytes_down\x18\x0e \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x0f \x01(\x04\"i\n\x0bWorkMessage\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.fedlora.v1.WorkHeaderH\x00\x12%\n\x04part\x18\x02 \x01(\x0b\x32\x15.fedlora.v1.PartChunkH\x00\x42\t\n\x07\x63ontent\"\xa2\x01\n\nWorkHeader\x12\x10\n\x08job_toml\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x10\n\x08\x65xchange\x18\x03 \x01(\t\x12\x17\n\x0f\x64ownload_ticket\x18\x04 \x01(\t\x12\x15\n\rupload_ticket\x18\x05 \x01(\t\x12\x14\n\x0c\x61\x63knowledged\x18\x06 \x03(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x07 \x01(\t\"*\n\tPartChunk\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\"\xaf\x01\n\tWorkEvent\x12\x10\n\x06queued\x18\x01 \x01(\rH\x00\x12(\n\x08progress\x18\x02 \x01(\x0b\x32\x14.fedlora.v1.ProgressH\x00\x12 \n\x04\x64one\x18\x03 \x01(\x0b\x32\x10.fedlora.v1.DoneH\x00\x12&\n\x07refused\x18\x04 \x01(\x0b\x32\x13.fedlora.v1.RefusedH\x00\x12\x11\n\x07payload\x18\x05 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"6\n\x08Progress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\"|\n\x04\x44one\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x12\n\nbytes_down\x18\x02 \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x03 \x01(\x04\x12\x1d\n\x15seconds_to_first_step\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0c\n\x04kept\x18\x06 \x01(\x08\"\'\n\x07Refused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t2\x82\x01\n\x06Worker\x12<\n\x06Status\x12\x19.fedlora.v1.StatusRequest\x1a\x17.fedlora.v1.StatusReply\x12:\n\x04Work\x12\x17.fedlora.v1.WorkMessage\x1a\x15.fedlora.v1.WorkEvent(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=43
   _globals['_STATUSREQUEST']._serialized_end=58
   _globals['_STATUSREPLY']._serialized_start=61
-  _globals['_STATUSREPLY']._serialized_end=249
-  _globals['_WORKMESSAGE']._serialized_start=251
-  _globals['_WORKMESSAGE']._serialized_end=356
-  _globals['_WORKHEADER']._serialized_start=359
-  _globals['_WORKHEADER']._serialized_end=521
-  _globals['_PARTCHUNK']._serialized_start=523
-  _globals['_PARTCHUNK']._serialized_end=565
-  _globals['_WORKEVENT']._serialized_start=568
-  _globals['_WORKEVENT']._serialized_end=743
-  _globals['_PROGRESS']._serialized_start=745
-  _globals['_PROGRESS']._serialized_end=799
-  _globals['_DONE']._serialized_start=801
-  _globals['_DONE']._serialized_end=925
-  _globals['_REFUSED']._serialized_start=927
-  _globals['_REFUSED']._serialized_end=966
-  _globals['_WORKER']._serialized_start=969
-  _globals['_WORKER']._serialized_end=1099
+  _globals['_STATUSREPLY']._serialized_end=337
+  _globals['_WORKMESSAGE']._serialized_start=339
+  _globals['_WORKMESSAGE']._serialized_end=444
+  _globals['_WORKHEADER']._serialized_start=447
+  _globals['_WORKHEADER']._serialized_end=609
+  _globals['_PARTCHUNK']._serialized_start=611
+  _globals['_PARTCHUNK']._serialized_end=653
+  _globals['_WORKEVENT']._serialized_start=656
+  _globals['_WORKEVENT']._serialized_end=831
+  _globals['_PROGRESS']._serialized_start=833
+  _globals['_PROGRESS']._serialized_end=887
+  _globals['_DONE']._serialized_start=889
+  _globals['_DONE']._serialized_end=1013
+  _globals['_REFUSED']._serialized_start=1015
+  _globals['_REFUSED']._serialized_end=1054
+  _globals['_WORKER']._serialized_start=1057
+  _globals['_WORKER']._serialized_end=1187
 # @@protoc_insertion_point(module_scope)

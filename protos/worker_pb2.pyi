@@ -10,7 +10,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "client", "pid", "queued", "run", "round", "stage", "base_fingerprint", "memory_bytes", "kept_updates")
+    __slots__ = ("version", "client", "pid", "queued", "run", "round", "stage", "base_fingerprint", "memory_bytes", "kept_updates", "answered", "refused", "steps", "bytes_down", "bytes_up")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,11 @@ class StatusReply(_message.Message):
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEPT_UPDATES_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     version: str
     client: str
     pid: int
@@ -31,7 +36,12 @@ class StatusReply(_message.Message):
     base_fingerprint: str
     memory_bytes: int
     kept_updates: int
-    def __init__(self, version: _Optional[str] = ..., client: _Optional[str] = ..., pid: _Optional[int] = ..., queued: _Optional[int] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., kept_updates: _Optional[int] = ...) -> None: ...
+    answered: int
+    refused: int
+    steps: int
+    bytes_down: int
+    bytes_up: int
+    def __init__(self, version: _Optional[str] = ..., client: _Optional[str] = ..., pid: _Optional[int] = ..., queued: _Optional[int] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., stage: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., kept_updates: _Optional[int] = ..., answered: _Optional[int] = ..., refused: _Optional[int] = ..., steps: _Optional[int] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ...) -> None: ...
 
 class WorkMessage(_message.Message):
     __slots__ = ("header", "part")

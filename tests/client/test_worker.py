@@ -4,12 +4,14 @@ import threading
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 
 from fedlora.client.duty import Duty
 from fedlora.client.policy import Policy
 from fedlora.client.resident import Resident
 from fedlora.client.worker import Worker
 from fedlora.client.worker_call import WorkerCall
+from fedlora.client.worker_metrics import WorkerMetrics, ask
 from fedlora.client.worker_socket import listen
 from fedlora.data.own import OwnData
 from fedlora.errors import ConfigError
@@ -41,8 +43,8 @@ class Service:
         self.channel.close()
         self.server.stop(None).wait()
 
-    def call(self, item):
-        messages = [WorkMessage(header=item.header())]
+    def call(self, item, **fields):
+        messages = [WorkMessage(header=item.header(**fields))]
         for digest, data in item.parts.items():
             messages += [WorkMessage(part=PartChunk(sha256=digest, chunk=data))]
         return self.stub.Work(iter(messages))
@@ -80,6 +82,37 @@ def test_calls_are_served_in_order_and_a_full_line_is_closed(service, rounds):
     done = list(second)
     assert done[-1].done.manifest == rounds[1].update
     assert "queued" not in kinds(done[-4:])
+
+
+def test_the_figures_of_a_site_are_what_its_worker_did(service, rounds):
+    def figures():
+        registry = CollectorRegistry()
+        registry.register(WorkerMetrics(lambda: ask(service.path)))
+        return {
+            sample.name.removeprefix("fedlora_worker_"): sample.value
+            for family in registry.collect()
+            for sample in family.samples
+        }
+
+    assert figures()["updates_total"] == 0
+    steps = 0
+    # what was kept is sent again, without a step
+    for base in ("another", "", ""):
+        call = service.call(rounds[0], base_fingerprint=base)
+        service.until_waiting(1)
+        assert figures()["queued_calls"] == 1
+        service.worker.serve_one()
+        steps += sum(event.progress.stage == "training" for event in call)
+    found = figures()
+    assert (found["updates_total"], found["refusals_total"]) == (2, 1)
+    assert found["steps_total"] == steps > 0
+    assert found["kept_updates"] == 1
+    assert found["memory_bytes"] > 2**20
+    assert "busy" not in found
+
+
+def test_a_worker_that_is_away_has_no_figures(tmp_path):
+    assert list(WorkerMetrics(lambda: ask(tmp_path / "none.sock")).collect()) == []
 
 
 def test_who_hangs_up_is_not_served_unless_work_has_begun(service, rounds):

@@ -6,7 +6,9 @@ from pathlib import Path
 import yaml
 from prometheus_client import CollectorRegistry
 
+from fedlora.client.worker_metrics import WorkerMetrics
 from fedlora.health import Health, Part
+from fedlora.protos.worker_pb2 import StatusReply
 from fedlora.telemetry.processes import ProcessMetrics
 from fedlora.telemetry.run import RunMetrics
 from tests.ops.events import EVENTS
@@ -22,6 +24,7 @@ def families():
     for event in EVENTS:
         runs.take(event, "demo")
     registry.register(ProcessMetrics(lambda: Health((Part("worker", True, 1),), True)))
+    registry.register(WorkerMetrics(lambda: StatusReply(stage="training")))
     return list(registry.collect())
 
 
@@ -37,7 +40,7 @@ def rows():
             for label in sample.labels
         } - {"le"}
         shown = ", ".join(f"`{label}`" for label in sorted(labels))
-        made[name] = f"| `{name}` | {family.type} | {shown} | {family.documentation} |"
+        made[name] = f"| `{name}` | {family.type} | {shown or '-'} | {family.documentation} |"
     return made
 
 
