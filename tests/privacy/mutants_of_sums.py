@@ -112,8 +112,8 @@ class Parts:
     def squared_norms(self):
         return sum(piece.squared_norms() for piece in self.pieces)
 
-    def weighted_sum(self, weights, keep):
-        return sum(piece.weighted_sum(weights, keep) for piece in self.pieces)
+    def weighted_sum(self, weights):
+        return sum(piece.weighted_sum(weights) for piece in self.pieces)
 
 
 @trainer("denominator", "shared")
