@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedlora.ops.registry import uses_triton
@@ -126,6 +127,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(output[2])
 
 
+@once_differentiable
 def _scaled(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     (grads,) = ctx.saved_tensors
     return (grads * grad[:, None]).to(grads.dtype), None, None, None, None

@@ -4,7 +4,8 @@ import torch
 
 
 def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+    """A stream on the device that tensors are made on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def assert_close(found, expected, bound):

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedlora.ops.kernels.aot_case import AotCase
+
 BLOCK = 1024
 WARPS = 4
 
@@ -93,3 +95,18 @@ def client_adamw_(
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
+
+
+AOT = tuple(
+    AotCase(
+        client_adamw_kernel,
+        {
+            **dict.fromkeys(("parameters", "first", "second", "by_client", "multiplier"), "*fp32"),
+            **{"narrow": "*bf16", "grads": "*bf16", "active": "*i1", "P": "i32"},
+            **dict.fromkeys(("beta2", "rest1", "rest2", "eps"), "fp32"),
+        },
+        {"NARROW": whole, "MULTIPLIER": whole, "BLOCK": BLOCK},
+        WARPS,
+    )
+    for whole in (True, False)
+)

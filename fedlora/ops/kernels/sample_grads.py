@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedlora.ops.kernels.aot_case import AotCase
+
 # tokens at once
 BLOCK_T = 32
 WARPS = 4
@@ -64,8 +66,8 @@ def sample_grads_kernel(
 def blocks(out: int, inp: int) -> tuple[int, int]:
     """Tile of a gradient (out, inp), longer along its longer side."""
     short = min(64, max(16, triton.next_power_of_2(min(out, inp))))
-    # 64 x 128 float32 products do not fit in an A100's registers
-    long = min(64 if short == 64 else 128, max(16, triton.next_power_of_2(max(out, inp))))
+    # larger tiles of float32 products do not fit in an A100's registers
+    long = min(128 if short == 16 else 64, max(16, triton.next_power_of_2(max(out, inp))))
     return (short, long) if out <= inp else (long, short)
 
 
@@ -93,3 +95,26 @@ def sample_grads(x: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
         num_warps=WARPS,
     )
     return grads, squares.sum((1, 2))
+
+
+def _case(x: str, g: str, grads: str, out: int, inp: int) -> AotCase:
+    block_o, block_i = blocks(out, inp)
+    return AotCase(
+        sample_grads_kernel,
+        {
+            **{"x": f"*{x}", "g": f"*{g}", "grads": f"*{grads}", "squares": "*fp32"},
+            **{"T": "i32", "O": "i32", "I": "i32"},
+        },
+        {"WIDEN": x != g, "BLOCK_T": BLOCK_T, "BLOCK_O": block_o, "BLOCK_I": block_i},
+        WARPS,
+    )
+
+
+AOT = (
+    _case("fp32", "bf16", "fp32", 8, 2048),
+    *(
+        _case(kind, kind, kind, *shape)
+        for shape in ((8, 2048), (2048, 16), (32, 4096), (4096, 64))
+        for kind in ("bf16", "fp32")
+    ),
+)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedlora.ops.kernels.aot_case import AotCase
+
 BLOCK = 4096
 WARPS = 8
 
@@ -79,3 +81,15 @@ def softmax_ce_(logits: Tensor, target: Tensor, slopes: bool) -> tuple[Tensor, T
         num_warps=WARPS,
     )
     return losses, right
+
+
+AOT = tuple(
+    AotCase(
+        softmax_ce_kernel,
+        {"logits": f"*{kind}", "target": "*i64", "losses": "*fp32", "right": "*i1", "V": "i32"},
+        {"SLOPES": slopes, "BLOCK": BLOCK},
+        WARPS,
+    )
+    for kind in ("bf16", "fp32")
+    for slopes in (True, False)
+)

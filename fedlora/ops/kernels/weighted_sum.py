@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedlora.ops.kernels.aot_case import AotCase
+
 BLOCK = 1024
 WARPS = 4
 
@@ -38,3 +40,14 @@ def weighted_sum(grads: Tensor, weights: Tensor) -> Tensor:
         grads.contiguous(), weights, out, len(grads), size, BLOCK=BLOCK, num_warps=WARPS
     )
     return out
+
+
+AOT = tuple(
+    AotCase(
+        weighted_sum_kernel,
+        {"grads": f"*{kind}", "weights": "*fp32", "out": "*fp32", "N": "i32", "P": "i32"},
+        {"BLOCK": BLOCK},
+        WARPS,
+    )
+    for kind in ("bf16", "fp32")
+)
