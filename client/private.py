@@ -7,7 +7,7 @@ made once is sent again as it is, and never made anew: other noise would be anot
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -15,18 +15,12 @@ from fedlora.config.job import Job
 from fedlora.config.privacy import PrivacySection
 from fedlora.data.federated import ClientData
 from fedlora.messages import PrivacyStatement, RoundPlan
-from fedlora.privacy.accounting import (
-    Event,
-    check_delta,
-    default_delta,
-    epsilon,
-    merged,
-    noise_for,
-)
+from fedlora.privacy.accounting import Event, epsilon, merged
 from fedlora.privacy.dataset import dataset_id, site_key
 from fedlora.privacy.ledger import Budget, Ledger, Release
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.noise import NoiseSource, noise_source
+from fedlora.privacy.plan import Schedule, record_schedule
 from fedlora.privacy.sampling import secret_uniform, seeded_uniform
 
 
@@ -48,32 +42,22 @@ class Terms:
 def terms(job: Job, privacy: PrivacySection, examples: int) -> Terms:
     """The sampling rate, noise and delta for a client with so many examples.
 
-    The expected batch of a step is training.batch_size * training.accumulation. The noise is
-    what the budget needs over all steps of `planned_rounds`.
-
     Raises:
         ConfigError: delta is too large for the client's data, or no noise fits the budget.
     """
-    training = job.training
-    rate = min(1.0, training.batch_size * training.accumulation / examples)
-    delta = privacy.delta if privacy.delta is not None else default_delta(examples)
-    check_delta(delta, examples)
-    if privacy.noise_multiplier is not None:
-        return Terms(rate, privacy.noise_multiplier, delta)
-    assert privacy.epsilon is not None, "the section has one of the two"
-    rounds = privacy.planned_rounds or job.federation.rounds
-    noisy = privacy.metrics == "noisy"
-    figures = [Event(1.0, privacy.metrics_noise, rounds, "metric")] if noisy else []
-    steps = max(1, training.local_steps * rounds)
-    return Terms(rate, _noise(privacy.epsilon, delta, rate, steps, tuple(figures)), delta)
+    schedule = record_schedule(job, privacy, examples)
+    noise = privacy.noise_multiplier
+    if noise is None:
+        assert privacy.epsilon is not None, "the section has one of the two"
+        # a run that trains nothing needs no noise, but has to name some
+        noise = _noise(replace(schedule, steps=max(1, schedule.steps)), privacy.epsilon)
+    return Terms(schedule.rate, noise, schedule.delta)
 
 
 # the clients of a simulation have much in common, and both take a while
 @lru_cache(maxsize=1024)
-def _noise(
-    budget: float, delta: float, rate: float, steps: int, figures: tuple[Event, ...]
-) -> float:
-    return noise_for(budget, delta, rate, steps, figures)
+def _noise(schedule: Schedule, budget: float) -> float:
+    return schedule.noise(budget)
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,8 @@
 """Site: one client's part of a round, from the broadcast's bytes to its update."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakSet
@@ -36,8 +37,10 @@ from fedlora.models.loaded import Loaded
 from fedlora.privacy.metrics import noisy_means
 from fedlora.training.private import PrivateTrainer
 from fedlora.training.terms import Correction, ProductProximal, Proximal, TailPenalty, Term
-from fedlora.training.trainer import LocalResult, LocalWork, Progress, train
+from fedlora.training.trainer import LocalResult, LocalWork, Progress, Training, train
 from fedlora.wire import decode_broadcast
+
+Course = Generator[Training, LocalResult, ClientUpdate]
 
 # models whose examples were seen not to depend on each other
 _ADDITIVE: "WeakSet[nn.Module]" = WeakSet()
@@ -104,22 +107,43 @@ class Site:
             BudgetExhausted: the privacy budget does not allow another round.
             LedgerError: the privacy ledger cannot be trusted.
         """
+        broadcast = self._own(manifest)
+        with closing(self._course(broadcast, fetch, progress)) as course:
+            try:
+                training = next(course)
+                while True:
+                    training = course.send(self._train(training, broadcast.plan))
+            except StopIteration as end:
+                update: ClientUpdate = end.value
+                return update
+
+    def course(self, manifest: bytes, fetch: Fetch) -> Course:
+        """The same work, but for the training, which whoever drives the course does.
+
+        Yields each training, and is sent its result.
+        """
+        return self._course(self._own(manifest), fetch, None)
+
+    def _own(self, manifest: bytes) -> Broadcast:
         broadcast = decode_broadcast(manifest)
         if broadcast.plan.client != self.name:
             raise AdapterError(
                 f"the plan is for client {broadcast.plan.client!r}, this is {self.name!r}"
             )
-        if self.privacy is None:
-            return self._work(broadcast, fetch, progress)
-        return self._private_work(self.privacy, broadcast, fetch, progress)
+        return broadcast
 
-    def _private_work(
+    def _course(self, broadcast: Broadcast, fetch: Fetch, progress: Progress | None) -> Course:
+        if self.privacy is None:
+            return self._plain_course(broadcast, fetch, progress)
+        return self._private_course(self.privacy, broadcast, fetch, progress)
+
+    def _private_course(
         self,
         privacy: SitePrivacy,
         broadcast: Broadcast,
         fetch: Fetch,
         progress: Progress | None,
-    ) -> ClientUpdate:
+    ) -> Course:
         plan = broadcast.plan
         with privacy.ledger() as ledger:
             release = release_of(plan, broadcast.start_sha256)
@@ -127,34 +151,35 @@ class Site:
             if made is None:
                 events = privacy.events(plan.local_steps)
                 ledger.reserve(release, events)
-                update = self._work(broadcast, fetch, progress)
+                update = yield from self._plain_course(broadcast, fetch, progress)
                 ledger.spend(release, events, encode_made(update))
             else:
                 spec = with_rank(self.spec, plan.rank)
                 update = decode_made(made, broadcast, self.name, spec, len(self.data.train))
             return replace(update, privacy=privacy.statement(ledger, plan.run))
 
-    def _work(self, broadcast: Broadcast, fetch: Fetch, progress: Progress | None) -> ClientUpdate:
+    def _plain_course(
+        self, broadcast: Broadcast, fetch: Fetch, progress: Progress | None
+    ) -> Course:
         plan = broadcast.plan
         spec = with_rank(self.spec, plan.rank)
         method = METHODS[spec.method]
         memory = self.state.before(plan.round)
         start = receive(broadcast, self.spec, spec, method, _group(memory, "kept"), fetch)
         held = start.adapter.tensors
-        self.adapted.rerank(spec)
-        self.adapted.load(held)
-        self.adapted.fold(start.fold.values())
         sent = self._sent(plan, spec)
         remembered = _group(memory, "control")
         terms, own_control = self._terms(plan, start, sent, remembered)
         masks: tuple[int, ...] | None = None
         trial = 0
         if plan.slots:
-            masks, trial = self._choose_slots(plan, start, progress)
+            masks, trial = yield from self._choose_slots(plan, start, progress)
             terms.append(slot_freeze(spec, plan.factors, masks, held))
-        moments = _group(memory, "moments") if plan.optimizer_state == "keep" else None
-        result = self._train(plan, terms, plan.local_steps, "data", progress, moments)
-        trained = self.adapted.state().tensors
+        moments = _group(memory, "moments") if plan.optimizer_state == "keep" else {}
+        result = yield self._training(
+            plan, start, terms, plan.local_steps, "data", progress, moments
+        )
+        trained = result.trained
         delta = {name: trained[name] - held[name] for name in sent}
         control = self._new_control(plan, start, delta, own_control, result.rate_sum)
         control_change = {name: control[name] - own_control[name] for name in control}
@@ -200,15 +225,16 @@ class Site:
         packed = round_trip(pack(delta, spec, plan.sent, masks), plan.coding)
         return unpack(packed, spec, plan.sent, masks)
 
-    def _train(
+    def _training(
         self,
         plan: RoundPlan,
+        start: Start,
         terms: Sequence[Term],
         steps: int,
         stream: str,
         progress: Progress | None,
-        moments: Tensors | None = None,
-    ) -> LocalResult:
+        moments: Tensors,
+    ) -> Training:
         work = LocalWork(
             factors=plan.factors,
             steps=steps,
@@ -222,6 +248,11 @@ class Site:
             terms=terms,
             progress=progress,
         )
+        return Training(start.adapter, start.fold, self.data.train, work, moments)
+
+    def _train(self, training: Training, plan: RoundPlan) -> LocalResult:
+        """Does a training with the site's own model."""
+        training.put(self.adapted)
         if self.privacy is not None:
             mechanism = self.privacy.mechanism(plan)
             trainer = PrivateTrainer(
@@ -230,15 +261,15 @@ class Site:
             if self.adapted.model not in _ADDITIVE:
                 trainer.check_additive(plan.factors, self.training)
                 _ADDITIVE.add(self.adapted.model)
-            return trainer.train(work, self.training, moments)
+            return trainer.train(training.work, self.training, training.moments)
         return train(
             self.adapted,
             self.data.train,
-            work,
+            training.work,
             self.training,
             task=self.task,
             pad_id=self.pad_id,
-            moments=moments,
+            moments=training.moments,
         )
 
     def _noisy_figures(self, privacy: SitePrivacy, plan: RoundPlan) -> Mapping[str, float]:
@@ -254,7 +285,7 @@ class Site:
 
     def _sent(self, plan: RoundPlan, spec: AdapterSpec) -> list[str]:
         heads = {} if HEADS in plan.kept else spec.head_shapes
-        shapes = trained_shapes(replace(spec, head_shapes=heads), self.adapted.method, plan.sent)
+        shapes = trained_shapes(replace(spec, head_shapes=heads), METHODS[spec.method], plan.sent)
         return list(shapes)
 
     def _terms(
@@ -298,16 +329,14 @@ class Site:
 
     def _choose_slots(
         self, plan: RoundPlan, start: Start, progress: Progress | None
-    ) -> tuple[tuple[int, ...], int]:
+    ) -> Generator[Training, LocalResult, tuple[tuple[int, ...], int]]:
         """The slots to train, from a trial whose result is thrown away; and its steps."""
         steps = plan.trial_steps or math.ceil(
             len(self.data.train) / (self.training.batch_size * self.training.accumulation)
         )
-        self._train(plan, (), steps, "trial", progress)
+        result = yield self._training(plan, start, (), steps, "trial", progress, {})
         spec, held = start.adapter.spec, start.adapter.tensors
-        masks = choose_slots(spec, plan.factors, held, self.adapted.state().tensors, plan.slots)
-        self.adapted.load(held)
-        return masks, steps
+        return choose_slots(spec, plan.factors, held, result.trained, plan.slots), steps
 
     def _remember(
         self,
@@ -326,7 +355,7 @@ class Site:
             own = (
                 spec.head_shapes
                 if name == HEADS
-                else trained_shapes(replace(spec, head_shapes={}), self.adapted.method, [name])
+                else trained_shapes(replace(spec, head_shapes={}), METHODS[spec.method], [name])
             )
             memory.update({f"kept.{n}": trained[n] for n in own})
         if memory:

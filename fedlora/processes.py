@@ -21,6 +21,10 @@ HEALTHY_S = 20.0
 # seconds a child has to end by itself
 GRACE_S = 5.0
 
+# what a child prints is kept up to this, and as much again of what came before
+MAX_OUTPUT_BYTES = 8 * 2**20
+TAIL_BYTES = 8192
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -30,7 +34,8 @@ class Child:
     Args:
         name: for logs.
         command: program and arguments.
-        output: file that takes what it prints.
+        output: file that takes what it prints; what is older is in `<output>.1`.
+        most_output: bytes after which it is emptied.
         environment: variables besides the supervisor's own.
     """
 
@@ -40,11 +45,13 @@ class Child:
         command: Sequence[str],
         output: Path,
         environment: Mapping[str, str] | None = None,
+        most_output: int = MAX_OUTPUT_BYTES,
     ) -> None:
         self.name = name
         self.command = list(command)
         self.output = output
         self.environment = dict(environment or {})
+        self.most_output = most_output
         self.starts = 0
         self.since: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,6 +93,7 @@ class Child:
 
     def tend(self) -> bool:
         """Starts it if it is dead and its time has come; says whether it was found dead."""
+        self._bound_output()
         if self.is_alive:
             return False
         now = time.monotonic()
@@ -126,10 +134,27 @@ class Child:
     def last_lines(self, count: int = 8) -> str:
         """The end of what it printed."""
         try:
-            text = self.output.read_bytes()[-8192:].decode(errors="replace")
+            with self.output.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                text = file.read(TAIL_BYTES).decode(errors="replace")
         except OSError:
             return ""
         return "\n".join(text.splitlines()[-count:])
+
+    def _bound_output(self) -> None:
+        """Moves what was printed aside once it is too long; the child writes on at the front."""
+        try:
+            if self.output.stat().st_size <= self.most_output:
+                return
+            with self.output.open("rb+") as file:
+                file.seek(-self.most_output, os.SEEK_END)
+                last = file.read(self.most_output)
+                # its descriptor appends, so that it goes on at whatever the end is then
+                file.truncate(0)
+            self.output.with_name(f"{self.output.name}.1").write_bytes(last)
+        except OSError:
+            # gone, or the disk is full: the child matters more than what it says
+            return
 
 
 def _path() -> str:

@@ -12,6 +12,7 @@ from fedlora.server.link import BUDGET_EXHAUSTED, Reply, Task
 from fedlora.server.mail import AWAY, Mail
 from fedlora.server.nodes import Nodes
 from fedlora.server.offers import Offers, ReceivedBytes
+from fedlora.server.posted import Posted
 from fedlora.strategies.base import ClientInfo
 from fedlora.wire import decode_broadcast, sha256
 
@@ -27,12 +28,12 @@ class _Waiting:
     """A task whose reply has not come.
 
     Attributes:
-        message: Flower's id of the message; empty when it was not posted yet.
-        error: what the client said instead of an update.
+        posted: the message that asks for it.
+        reply: Flower's, which came before the update itself.
     """
 
     task: Task
-    message: str = ""
+    posted: Posted = field(default_factory=Posted)
     reply: Message | None = None
 
 
@@ -143,7 +144,7 @@ class FlowerLink:
                 self.nodes.look()
                 for name in self.nodes.gone(waiting):
                     # posted again if it comes back in time
-                    waiting[name].message = ""
+                    waiting[name].posted.drop()
             if waiting:
                 time.sleep(LOOK_S)
         yield from self._arrived(waiting, started)
@@ -167,15 +168,21 @@ class FlowerLink:
 
     def _replied(self, waiting: dict[str, _Waiting], started: float) -> Iterator[Reply]:
         """Replies by Flower: errors, and updates that ride along."""
-        asked = {w.message: name for name, w in waiting.items() if w.message and not w.reply}
+        asked = {
+            message: name for name, w in waiting.items() if not w.reply for message in w.posted.ids
+        }
         for message, reply in self.mail.pull(asked).items():
             client = asked[message]
+            if client not in waiting:
+                # it has answered twice
+                continue
             task, down = waiting[client].task, 0
             waiting[client].reply = reply
             error, code = "", ""
             if reply.has_error() and reply.error.code in AWAY:
                 # posted again when its node is back, or back under another number
-                waiting[client].message, waiting[client].reply = "", None
+                waiting[client].posted.drop()
+                waiting[client].reply = None
                 self.nodes.look()
                 continue
             if reply.has_error():
@@ -199,12 +206,14 @@ class FlowerLink:
     def _post(
         self, waiting: Mapping[str, _Waiting], parts: Mapping[str, bytes], left_s: float
     ) -> None:
-        """Posts the tasks that no node has yet."""
+        """Posts the tasks that no node has yet, and those that nothing was heard of for long."""
         gone = self.nodes.gone(waiting)
-        new = [name for name, w in waiting.items() if not w.message and name not in gone]
+        new = [
+            name for name, w in waiting.items() if w.posted.due and not w.reply and name not in gone
+        ]
         messages = [self._message(waiting[name].task, parts, left_s) for name in new]
         for name, message in zip(new, self.mail.push(messages), strict=True):
-            waiting[name].message, waiting[name].reply = message, None
+            waiting[name].posted.add(message)
 
     def _message(self, task: Task, parts: Mapping[str, bytes], left_s: float) -> Message:
         broadcast = decode_broadcast(task.manifest)

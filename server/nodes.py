@@ -1,6 +1,5 @@
 """Nodes: which of Flower's nodes is which client, and which of them can work now."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from fedlora.errors import shown
 from fedlora.flower_records import CONFIG, QUERY, text
 from fedlora.server.journal import Event
 from fedlora.server.mail import AWAY, Mail
+from fedlora.server.posted import Posted
 from fedlora.strategies.base import ClientInfo
 
 # a node answers a greeting once it is done with what it does, if it takes no longer than this
@@ -62,8 +62,7 @@ class Nodes:
         self.misfit = misfit
         self.seats: dict[str, Seat] = {}
         self._registered: dict[int, str] = {}
-        # node -> its greeting (empty once it was answered), and when it may be greeted again
-        self._greeted: dict[int, tuple[str, float]] = {}
+        self._greeted: dict[int, Posted] = {}
         self._refused: dict[int, str] = {}
         self._online: set[int] = set()
 
@@ -77,16 +76,19 @@ class Nodes:
         self._online = set(nodes)
         # never forgotten: the reply of a node that has gone off line is still its own
         self._registered.update((node, name) for node, name in nodes.items() if name)
-        now = time.monotonic()
         known = {seat.node for seat in self.seats.values()} | self._refused.keys()
-        waiting = {node for node, (_, again) in self._greeted.items() if now < again}
-        new = sorted(self._online - known - waiting)
+        new = [
+            node
+            for node in sorted(self._online - known)
+            if self._greeted.setdefault(node, Posted()).due
+        ]
         for node, message in zip(new, self.mail.push(self._greeting(n) for n in new), strict=True):
-            self._greeted[node] = (message, now + (GREETING_S if message else 0.0))
-        asked = {message: node for node, (message, _) in self._greeted.items() if message}
+            self._greeted[node].add(message)
+        asked = {message: node for node, posted in self._greeted.items() for message in posted.ids}
         for message, reply in self.mail.pull(asked).items():
-            del self._greeted[asked[message]]
-            self._take(asked[message], reply)
+            # unless another greeting of the same node was answered just now
+            if posted := self._greeted.pop(asked[message], None):
+                self._take(asked[message], reply, posted)
 
     def present(self) -> list[ClientInfo]:
         """The clients whose node is on line, by name."""
@@ -108,7 +110,7 @@ class Nodes:
         content = RecordDict({CONFIG: ConfigRecord({"version": __version__})})
         return Message(content, node, QUERY, ttl=GREETING_S)
 
-    def _take(self, node: int, reply: Message) -> None:
+    def _take(self, node: int, reply: Message, posted: Posted) -> None:
         if reply.has_error() and reply.error.code in AWAY:
             return
         if reply.has_error():
@@ -117,7 +119,8 @@ class Nodes:
         fields: Mapping[str, object] = reply.content.config_records.get(CONFIG, {})
         if error := text(fields, "error"):
             # its worker may come up yet: it is greeted again
-            self._greeted[node] = ("", time.monotonic() + GREET_AGAIN_S)
+            posted.drop(GREET_AGAIN_S)
+            self._greeted[node] = posted
             self.emit({"event": "not-ready", "node": str(node), "why": shown(error)})
             return
         name, version = text(fields, "name"), text(fields, "version")

@@ -5,12 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fedlora.messages import ClientUpdate, PrivacyStatement
-
-NOT_COVERED = (
-    "how many examples a client has, when it takes part and how long it takes",
-    "the validation and test examples that the figures are measured on",
-    "the choice of hyper-parameters on the same data",
-)
+from fedlora.privacy.scope import NOT_COVERED
 
 
 class PrivacyRecord:
@@ -61,5 +56,5 @@ class PrivacyRecord:
             "steps": max(s.steps for s in found),
             "noise": ", ".join(sorted({s.noise for s in found})),
             "private": private,
-            "not_covered": list(NOT_COVERED),
+            "not_covered": list(NOT_COVERED[found[0].unit]),
         }

@@ -2,7 +2,8 @@
 
 Flower reads a request's whole body before it asks who sent it, and lets everybody start runs
 and take tasks. So requests are cut off at 8 MiB (Flower's own objects are at most 5 MiB) as
-they come in, and what starts runs or hands out tasks answers on loopback only.
+they come in, and what starts runs or hands out tasks answers on loopback only. Connections are
+counted, and no line is written for each request.
 
 Used like flower-superlink: `python -m fedlora.server.superlink --insecure --port 8000`.
 """
@@ -16,6 +17,9 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 8 * 2**20
+
+# connections and requests at once; further ones are answered with 503
+MAX_CONNECTIONS = 1024
 
 # the Control API starts and stops runs, the Runtime API hands tasks to whoever asks
 INNER = ("/v1/control", "/v1/runtime")
@@ -91,12 +95,23 @@ def _with_door(create_app: Callable[..., Any]) -> Callable[..., Any]:
     return created
 
 
+def _bounded(serve: Callable[..., None]) -> Callable[..., None]:
+    @wraps(serve)
+    def run(*args: Any, **kwargs: Any) -> None:
+        bounds = {"limit_concurrency": MAX_CONNECTIONS, "access_log": False}
+        serve(*args, **{**kwargs, **bounds})
+
+    return run
+
+
 def main() -> None:
     """Runs the SuperLink; takes the options of flower-superlink."""
     import flwr.superlink.main as superlink
+    import uvicorn
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
     superlink.create_app = _with_door(superlink.create_app)
+    uvicorn.run = _bounded(uvicorn.run)
     flower_superlink()
 
 

@@ -1,12 +1,12 @@
 """SimulatedClients: all clients of a job on one model, each taking its turn with it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.client.private import SitePrivacy
-from fedlora.client.site import site_with
+from fedlora.client.site import Course, Site, site_with
 from fedlora.client.state import Memory
 from fedlora.config.job import Job
 from fedlora.data.federated import ClientData
@@ -67,6 +67,15 @@ class SimulatedClients:
         Args:
             ledgers: the folder of all clients' privacy ledgers, which each hold one run.
         """
+        return self._site(client, state, ledgers).work(manifest, fetch)
+
+    def course(
+        self, client: str, manifest: bytes, fetch: Callable[[str], bytes], state: Memory
+    ) -> Course:
+        """The same without privacy, but for the training; see `Site.course`."""
+        return self._site(client, state, None).course(manifest, fetch)
+
+    def _site(self, client: str, state: Memory, ledgers: Path | None) -> Site:
         data = self.data[client]
         poisoned = self.scenario.poison(client, data.train, len(self.loaded.data.labels))
         data = dataclasses.replace(data, train=poisoned)
@@ -74,7 +83,7 @@ class SimulatedClients:
         if self._private:
             assert ledgers is not None, "private clients keep ledgers"
             privacy = SitePrivacy(self.job, data, ledgers / client)
-        return site_with(self.job, self.loaded, client, data, state, privacy).work(manifest, fetch)
+        return site_with(self.job, self.loaded, client, data, state, privacy)
 
 
 def _check_apart(clients: Mapping[str, ClientData]) -> None:
@@ -136,13 +145,22 @@ def answer(
     try:
         update = work(task.client, task.manifest, fetch)
         manifest, payload = encode(scenario.tamper(update))
-    except (StorageError, LedgerError):
-        raise
-    except BudgetExhausted as e:
-        return Answer(b"", b"", frozenset(fetched), str(e), BUDGET_EXHAUSTED)
-    except FedloraError as e:
-        return Answer(b"", b"", frozenset(fetched), str(e))
-    except Exception as e:  # memory that ran out, say; it must not end the round of the others
-        why = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-        return Answer(b"", b"", frozenset(fetched), why)
+    except Exception as e:
+        return failure(e, fetched)
     return Answer(manifest, payload, frozenset(fetched))
+
+
+def failure(error: Exception, fetched: Iterable[str]) -> Answer:
+    """The answer of a client whose work ended so; it must not end the round of the others.
+
+    Raises:
+        StorageError, LedgerError: see `answer`.
+    """
+    if isinstance(error, StorageError | LedgerError):
+        raise error
+    why, code = str(error), "CLIENT_ERROR"
+    if isinstance(error, BudgetExhausted):
+        code = BUDGET_EXHAUSTED
+    elif not isinstance(error, FedloraError):  # memory that ran out, say
+        why = f"{type(error).__name__}: {(why.splitlines() or [''])[0]}"
+    return Answer(b"", b"", frozenset(fetched), why, code)

@@ -1,11 +1,13 @@
 """Federation: a run whose clients are all simulated, in this process or in Ray's workers."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fedlora.adapter import AdapterState
 from fedlora.checkpoint import RunStore
+from fedlora.client.site import Course
 from fedlora.client.state import ClientState
 from fedlora.config.job import Job
 from fedlora.data.federated import ClientData, FederatedData
@@ -16,6 +18,8 @@ from fedlora.privacy.secagg.session import MAX_CLIENTS, MIN_CLIENTS
 from fedlora.server.link import Link, SecureLink
 from fedlora.server.run import Emit, Run, Scores, metrics_log
 from fedlora.simulation.clients import SimulatedClients
+from fedlora.simulation.cohort import CohortLink
+from fedlora.simulation.cohort_rule import cohort_width
 from fedlora.simulation.engine import check_engine, ray_link
 from fedlora.simulation.local import LocalLink
 from fedlora.simulation.secure_local import SecureLocalLink
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
 
 class Federation(Run):
     """One simulated run: its job, its clients and its folder.
+
+    Attributes:
+        width: how many clients are trained together.
 
     Args:
         job: the run's job.
@@ -68,6 +75,7 @@ class Federation(Run):
                 f"clients per round; there are {asked}: set federation.clients_per_round"
             )
         self._folder = Path()
+        self.width = cohort_width(job, loaded)
         self._virtual: VirtualLink
         if job.run.engine == "ray":
             self._virtual = ray_link(self._simulated, self._state, progress, self._differs, pool)
@@ -96,6 +104,7 @@ class Federation(Run):
             folder,
             {
                 "engine": self.job.run.engine,
+                "cohort": asdict(self.width),
                 "clients": clients,
                 "unusable": _unusable(self.loaded.data),
             },
@@ -147,6 +156,16 @@ class Federation(Run):
 
     def _local_link(self, progress: Callable[[str], None] | None) -> VirtualLink:
         federation = self.job.federation
+        if self.width.clients > 1:
+            return CohortLink(
+                self.scenario,
+                self._course,
+                self.loaded.adapted,
+                self.job,
+                self.loaded.processor.pad_id,
+                self.width.clients,
+                progress,
+            )
         if not federation.secure_aggregation:
             return LocalLink(self.scenario, self._work, progress)
         uniform = federation.weighting == "uniform"
@@ -177,6 +196,9 @@ class Federation(Run):
         return self._simulated.work(
             client, manifest, fetch, self._state(client), self._folder / "ledgers"
         )
+
+    def _course(self, client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> Course:
+        return self._simulated.course(client, manifest, fetch, self._state(client))
 
 
 def _unusable(data: FederatedData) -> dict[str, Any]:

@@ -30,8 +30,9 @@ def is_running(pid):
 
 @pytest.fixture
 def child(tmp_path):
-    def make(code, **environment):
-        made.append(Child("it", [*PYTHON, code], tmp_path / "logs" / "it.log", environment))
+    def make(code, most_output=1 << 20, **environment):
+        command, log = [*PYTHON, code], tmp_path / "logs" / "it.log"
+        made.append(Child("it", command, log, environment, most_output))
         return made[-1]
 
     made = []
@@ -105,3 +106,28 @@ def test_it_has_its_own_variables_and_finds_programs_of_this_environment(child):
         "yes",
         os.path.join(os.path.dirname(sys.executable), "fedlora"),
     ]
+
+
+def test_what_a_child_prints_is_bounded_and_its_end_is_kept(child):
+    code = (
+        "import signal\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('again'))\n"
+        "for i in range(1000): print(f'{i:099d}')\n"
+        "print('done')\n"
+        "while True: signal.pause()"
+    )
+    it = child(code, most_output=5000)
+    it.start()
+    wait_for(lambda: "done" in it.last_lines())
+    it.tend()
+    before = it.output.with_name("it.log.1")
+    assert before.stat().st_size == 5000
+    assert before.read_text().splitlines()[-2:] == [f"{999:099d}", "done"]
+    # what it prints next stands at the front, without a hole
+    while not it.output.stat().st_size:
+        os.kill(it.pid, signal.SIGUSR1)
+        time.sleep(0.01)
+    assert it.output.read_text().startswith("again\n")
+    assert it.output.stat().st_size <= 5000
+    it.tend()
+    assert before.stat().st_size == 5000

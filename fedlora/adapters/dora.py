@@ -73,13 +73,20 @@ class DoraLayer(AdapterLayer):
         return {"A": leaf_weight(self.A), "B": leaf_weight(self.B), "m": leaf_weight(self.m)}
 
     def norms(self) -> Tensor:
-        """The row norms of V (d,), without gradient."""
+        """The row norms of V (d,), without gradient; (K, d) for stacked factors."""
         return row_norms(self.weight, self.layer.scale * self.B.weight, self.A.weight)
 
     def adapted(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
         h = self.A(self.dropout(x).to(self.factor_dtype))  # (..., r)
-        direction = (y + self.layer.scale * self.B(h)) / self.norms()
+        direction = y + self.layer.scale * self.B(h)
+        norms = self.norms()
+        if norms.dim() == 2:  # (K, d): rows are ordered by client
+            direction = (direction.reshape(len(norms), -1, len(norms[0])) / norms[:, None]).view(
+                direction.shape
+            )
+        else:
+            direction = direction / norms
         scaled: Tensor = self.m(direction)
         y = scaled.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -100,10 +107,10 @@ def row_norms(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
     Args:
         weight: W (d, k).
         b: B (d, r), scale included.
-        a: A (r, k).
+        a: A (r, k); both may have a leading dimension of clients, as the result then has.
     """
     with torch.autocast(weight.device.type, enabled=False):
         w = weight.to(a.dtype)
-        cross = 2.0 * w @ a.T + b @ (a @ a.T)  # (d, r)
-        squared = w.square().sum(1) + (cross * b).sum(1)
+        cross = 2.0 * w @ a.mT + b @ (a @ a.mT)  # (d, r)
+        squared = w.square().sum(1) + (cross * b).sum(-1)
         return squared.clamp_min(_SMALLEST_NORM**2).sqrt()

@@ -12,9 +12,10 @@ from fedlora.config.job import Job
 from fedlora.config.load import load_job
 from fedlora.config.privacy import PrivacySection
 from fedlora.errors import ConfigError
-from fedlora.privacy.accounting import Event, default_delta
+from fedlora.privacy.accounting import default_delta
 from fedlora.privacy.judge import judge
-from fedlora.privacy.plan import FEW_CLIENTS, UNCOVERED, Plan, Schedule, make_plan, noise_norm
+from fedlora.privacy.plan import Plan, Schedule, make_plan, noise_norm, record_schedule
+from fedlora.privacy.scope import FEW_CLIENTS, NOT_COVERED
 from fedlora.storage import storage_errors, write_atomic
 
 _DEFAULT = (1.0, 3.0, 8.0)
@@ -67,21 +68,9 @@ def _of_records(job: Job, privacy: PrivacySection, records: int | None) -> Sched
         raise ConfigError(
             "the number of a client's training examples is not known; give it: --records N"
         )
-    training = job.training
-    rounds = privacy.planned_rounds or job.federation.rounds
-    if not training.local_steps:
+    if not job.training.local_steps:
         raise ConfigError("training.local_steps is 0: nothing is trained, so nothing is spent")
-    noisy = privacy.metrics == "noisy"
-    figures = (Event(1.0, privacy.metrics_noise, rounds, "metric"),) if noisy else ()
-    return Schedule(
-        unit="record",
-        units=records,
-        batch=float(min(records, training.batch_size * training.accumulation)),
-        rounds=rounds,
-        steps=training.local_steps,
-        delta=privacy.delta or default_delta(records),
-        figures=figures,
-    )
+    return record_schedule(job, privacy, records)
 
 
 def _of_clients(job: Job, privacy: PrivacySection) -> Schedule:
@@ -136,7 +125,7 @@ def _to_json(plan: Plan) -> dict[str, Any]:
             for number, rdp, prv in way
         ],
         "warnings": _warnings(plan),
-        "not_covered": list(UNCOVERED[schedule.unit]),
+        "not_covered": list(NOT_COVERED[schedule.unit]),
     }
 
 
@@ -172,7 +161,7 @@ def _lines(plan: Plan) -> list[str]:
         cells = "".join(f"{plan.trade_off[row.budget][place]:>14.3g}" for row in plan.rows)
         lines.append(f"{batch:>8g}{cells}{'  planned' if batch == s.batch else ''}")
     lines += ["", *(f"warning: {text}" for text in _warnings(plan))]
-    return [*lines, "not covered: " + "; ".join(UNCOVERED[s.unit])]
+    return [*lines, "not covered: " + "; ".join(NOT_COVERED[s.unit])]
 
 
 def _warnings(plan: Plan) -> list[str]:

@@ -10,22 +10,14 @@ from fedlora.errors import ConfigError
 from fedlora.privacy.accounting import Accountant, Event, check_delta, default_delta, noise_for
 from fedlora.privacy.central import AdaptiveClip, CentralGaussian, Shapes
 from fedlora.privacy.noise import NoiseMode, NoiseSource, noise_source
+from fedlora.privacy.scope import FEW_CLIENTS, NOT_COVERED
 from fedlora.strategies.base import Conditions, Strategy
 from fedlora.strategies.wrappers import Wrapper
 
 Sampling = Literal["poisson", "fixed"]
-# below it, noise that protects a client drowns what clients have in common
-FEW_CLIENTS = 300
 
 # what is reported; the gate of the ledger is the looser "rdp"
 ACCOUNTANT: Accountant = "prv"
-
-NOT_COVERED = (
-    "the server and whoever reads its memory, its logs or its run folder's spool",
-    "who is enrolled, when clients are connected, and how long a round takes",
-    "choices made by looking at other runs on the same clients, such as hyper-parameters",
-    "scores on data that are a client's own",
-)
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,7 @@ class Terms:
             "adaptive_clip": self.adaptive,
             "noise": self.noise,
             "private": self.private,
-            "not_covered": list(NOT_COVERED),
+            "not_covered": list(NOT_COVERED["client"]),
         }
 
     def warning(self, sent: Shapes) -> str:

@@ -4,25 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from fedlora.privacy.accounting import Event, check_delta, epsilon, noise_for
+from fedlora.config.job import Job
+from fedlora.config.privacy import PrivacySection
+from fedlora.privacy.accounting import Event, check_delta, default_delta, epsilon, noise_for
 
-# below it, noise that hides a client drowns what clients have in common
-FEW_CLIENTS = 300
 SCALES = (0.5, 1.0, 2.0, 4.0)
-
-UNCOVERED = {
-    "record": (
-        "how many examples a client has, when it takes part and how long it takes",
-        "the examples that figures are measured on, unless metrics are noisy",
-        "hyper-parameters chosen by looking at runs on the same data",
-        "a person with k examples: epsilon holds for one of them",
-    ),
-    "client": (
-        "the server, which sees every update as it is",
-        "who is enrolled, when clients are connected and how long a round takes",
-        "hyper-parameters chosen by looking at runs on the same clients",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -74,6 +60,29 @@ class Schedule:
         done = self.rounds if rounds is None else rounds
         figures = [replace(e, steps=math.ceil(e.steps * done / self.rounds)) for e in self.figures]
         return [Event(self.rate, noise, done * self.steps), *figures]
+
+
+def record_schedule(job: Job, privacy: PrivacySection, records: int) -> Schedule:
+    """What a job asks of a client with so many training examples.
+
+    The expected batch of a step is training.batch_size * training.accumulation, and the budget
+    is for all of `planned_rounds`.
+
+    Raises:
+        ConfigError: delta is too large for so few examples.
+    """
+    training = job.training
+    rounds = privacy.planned_rounds or job.federation.rounds
+    noisy = privacy.metrics == "noisy"
+    return Schedule(
+        unit="record",
+        units=records,
+        batch=float(min(records, training.batch_size * training.accumulation)),
+        rounds=rounds,
+        steps=training.local_steps,
+        delta=privacy.delta if privacy.delta is not None else default_delta(records),
+        figures=(Event(1.0, privacy.metrics_noise, rounds, "metric"),) if noisy else (),
+    )
 
 
 @dataclass(frozen=True)

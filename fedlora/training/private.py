@@ -18,6 +18,7 @@ from fedlora.privacy.made_up import made_up
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.per_sample import PerSample, per_sample
 from fedlora.training.loss import example_losses
+from fedlora.training.memory import out_of_memory
 from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from fedlora.training.trainer import LocalResult, LocalWork, move
@@ -99,7 +100,13 @@ class PrivateTrainer:
                 if rate:
                     self._need_moved(before, work)
                 rate_sum += rate
-        return LocalResult(None, 0, rate_sum, optimizer_tensors(optimizer, parameters))
+        return LocalResult(
+            None,
+            0,
+            rate_sum,
+            self.adapted.state().tensors,
+            optimizer_tensors(optimizer, parameters),
+        )
 
     def _sums(
         self,
@@ -117,7 +124,7 @@ class PrivateTrainer:
                 part = self.clipped(listening, numbers, settings)
             except RuntimeError as e:
                 listening.begin(0)
-                if len(numbers) == 1 or not _out_of_memory(e):
+                if len(numbers) == 1 or not out_of_memory(e):
                     raise
                 # still the same step: the same batch, and noise is drawn once, at its end
                 half = len(numbers) // 2
@@ -194,7 +201,3 @@ class PrivateTrainer:
 
 def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from fedlora.adapter import AdapterState, Tensors
 from fedlora.adapters.inject import AdaptedModel
 from fedlora.config.job import TrainingSection
 from fedlora.data.example import Example
@@ -62,19 +62,46 @@ class LocalWork:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What training left behind, besides the adapter itself.
+    """What training left behind.
 
     Attributes:
         loss: mean loss in nats over all tokens (or examples) seen; None without a step.
         count: tokens (or examples) seen.
-        moments: the optimiser's state by name.
         rate_sum: sum of the steps' learning rates, multipliers apart.
+        trained: every factor and head after the last step, on the CPU.
+        moments: the optimiser's state by name.
     """
 
     loss: float | None
     count: int
     rate_sum: float
-    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    trained: Tensors
+    moments: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One client's training, to be done by whoever has the model.
+
+    Attributes:
+        start: the adapter to begin with.
+        fold: versions of frozen changes of the base, see `AdaptedModel.fold`.
+        examples: at least one.
+        work: how much, and its random streams.
+        moments: optimiser state to continue from.
+    """
+
+    start: AdapterState
+    fold: Mapping[str, Tensors]
+    examples: Sequence[Example]
+    work: LocalWork
+    moments: Tensors
+
+    def put(self, adapted: AdaptedModel) -> None:
+        """Makes a model of the same base the one to begin with."""
+        adapted.rerank(self.start.spec)
+        adapted.load(self.start.tensors)
+        adapted.fold(self.fold.values())
 
 
 def train(
@@ -85,7 +112,7 @@ def train(
     *,
     task: str,
     pad_id: int,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Tensors | None = None,
 ) -> LocalResult:
     """Trains the adapter in place.
 
@@ -129,17 +156,23 @@ def train(
                 loss += float(part.total.detach())
                 step_count += part.count
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f"client {work.client}: the loss is {loss} at step {step + 1} of round "
-                    f"{work.round}; lower training.learning_rate or set training.max_grad_norm"
-                )
+                raise diverged(work, step, loss)
             count += step_count
             rate_sum += _step(optimizer, parameters, settings, work, step, step_count)
     return LocalResult(
         loss / count if count else None,
         count,
         rate_sum,
+        adapted.state().tensors,
         optimizer_tensors(optimizer, parameters),
+    )
+
+
+def diverged(work: LocalWork, step: int, loss: float) -> TrainingError:
+    """The error of a loss that is not finite after step `step` (0-based)."""
+    return TrainingError(
+        f"client {work.client}: the loss is {loss} at step {step + 1} of round {work.round}; "
+        "lower training.learning_rate or set training.max_grad_norm"
     )
 
 

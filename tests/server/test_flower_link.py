@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlora import __version__
 from fedlora.flower_records import CONFIG, QUERY
 from fedlora.messages import Broadcast, RoundPlan
+from fedlora.server import posted
 from fedlora.server.blob_store import BlobStore
 from fedlora.server.flower_link import FlowerLink
 from fedlora.server.link import Task
@@ -215,6 +216,67 @@ def test_a_node_that_was_away_is_asked_again(store, code):
     link.gather(1)
     assert exchanged(link, "ann")["ann"].payload == b"the update"
     assert len(grid.posted) == 2
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """What was not heard of is posted again at once."""
+    monkeypatch.setattr(posted, "UNHEARD_S", 0.0)
+
+
+def test_work_that_a_killed_clientapp_never_took_is_posted_again(store, impatient):
+    """Flower neither hands its message out again nor answers with an error."""
+    grid, lost = PlayedGrid(ann=0), [True]
+
+    def act(grid, message):
+        if lost:
+            lost.pop()
+            return None
+        return upload(store, message)
+
+    grid.act = act
+    link = link_of(grid, store)
+    link.gather(1)
+    assert exchanged(link, "ann")["ann"].payload == b"the update"
+    assert len(grid.posted) == 2
+
+
+def test_work_that_was_posted_twice_may_be_answered_twice(store, impatient):
+    grid = PlayedGrid(ann=0, bob=0)
+    first = []
+
+    def act(grid, message):
+        first.append(message)
+        if len(first) < 3:
+            return None
+        if len(first) == 3:
+            # the first message was only slow: both come in at one look
+            grid.replies[first[0].metadata.message_id] = answer(first[0], {"error": "too small"})
+        return answer(message, {"error": "too small"})
+
+    grid.act = act
+    link = link_of(grid, store)
+    link.gather(2)
+    found = exchanged(link, "ann", "bob", deadline_s=1.0)
+    assert {reply.error for reply in found.values()} == {"too small"}
+    assert set(found) == {"ann", "bob"}
+
+
+def test_a_greeting_that_a_killed_clientapp_never_took_is_sent_again(store, impatient):
+    grid, lost = PlayedGrid(ann=0), [True]
+    push = grid.push_messages
+
+    def push_messages(messages):
+        ids = push(messages)
+        if lost:
+            lost.pop()
+            grid.replies.clear()
+        return ids
+
+    grid.push_messages = push_messages
+    link = link_of(grid, store)
+    link.patience_s = 5.0
+    assert [client.name for client in link.gather(1)] == ["ann"]
 
 
 def test_a_client_that_comes_back_as_another_node_is_asked_there(store):

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from fedlora.server.superlink import MAX_BODY_BYTES, Door
+from fedlora.server.superlink import MAX_BODY_BYTES, MAX_CONNECTIONS, Door, _bounded
 
 
 def answer(door, *, path="/v1/fleet/pull", client=("10.0.0.7", 5000), headers=(), body=()):
@@ -44,6 +44,17 @@ def answer(door, *, path="/v1/fleet/pull", client=("10.0.0.7", 5000), headers=()
     }
     asyncio.run(door(app)(scope, receive, send))
     return next(m["status"] for m in sent if m["type"] == "http.response.start"), taken
+
+
+def test_connections_are_bounded_and_requests_leave_no_line():
+    """Whatever Flower asks of its web server."""
+    given = []
+
+    def serve(**options):
+        given.append(options)
+
+    _bounded(serve)(port=8000, access_log=True)
+    assert given == [{"port": 8000, "access_log": False, "limit_concurrency": MAX_CONNECTIONS}]
 
 
 def test_an_honest_request_passes():

@@ -1,0 +1,187 @@
+"""StackedModel: the adapters of several clients on one base, for one forward pass over all.
+
+Every trained parameter sits in a leaf (see `leaves`), so it is enough to put in the place of
+each leaf one that holds the values of K clients and takes rows that are ordered by client:
+dimension 0 of every activation is K n, client after client. Everything else of the model is
+shared, and what it computes for a row depends on that row alone.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapters.inject import AdaptedModel
+from fedlora.adapters.leaves import BlockDiagLinear, DiagScale
+from fedlora.errors import TrainingError
+from fedlora.seeds import generator
+
+
+class StackedLeaf(nn.Module):
+    """The leaves of K clients in one; without values it is of no use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.empty(0)
+        self.bias: Tensor | None = None
+
+    def per_client(self, x: Tensor) -> Tensor:
+        """The rows of x (K n, ..., f) by client, (K, rows, f)."""
+        return x.reshape(self.weight.shape[0], -1, x.shape[-1])
+
+
+class StackedLinear(StackedLeaf):
+    """y = x W_c^T + b_c with W (K, out, in) and b (K, out), for the rows of client c."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.per_client(x)
+        if self.bias is None:
+            y = torch.bmm(rows, self.weight.mT)
+        else:
+            y = torch.baddbmm(self.bias[:, None], rows, self.weight.mT)
+        return y.view(*x.shape[:-1], self.weight.shape[1])
+
+
+class StackedScale(StackedLeaf):
+    """y = x * v_c with v (K, f)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.per_client(x) * self.weight[:, None]).view(x.shape)
+
+
+class StackedBlocks(StackedLeaf):
+    """`BlockDiagLinear` with blocks B (K, n, b, b)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, n, b, _ = self.weight.shape
+        rows = self.per_client(x)
+        rows = rows.view(*rows.shape[:-1], n, b)
+        return torch.einsum("krji,kjoi->krjo", rows, self.weight).reshape(x.shape)
+
+
+_STACKED: Mapping[type[nn.Module], type[StackedLeaf]] = {
+    nn.Linear: StackedLinear,
+    DiagScale: StackedScale,
+    BlockDiagLinear: StackedBlocks,
+}
+
+
+class StackedDropout(nn.Module):
+    """The keyed dropout of every client, each with a mask of the shape it has alone.
+
+    Attributes:
+        room: n, rows of every client with padding.
+        masks: (key, rows, tokens) of every client; rows and tokens beyond are padding.
+    """
+
+    def __init__(self, p: float, name: str) -> None:
+        super().__init__()
+        self.p = p
+        self.name = name
+        self.room = 0
+        self.masks: Sequence[tuple[int, int, int]] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if len(x) != self.room * len(self.masks):
+            raise TrainingError(
+                f"layer {self.name} sees {len(x)} rows of a batch of {len(self.masks)} x "
+                f'{self.room}, so that dropout cannot tell clients apart; set run.cohort = "off"'
+            )
+        keep = torch.ones_like(x)
+        for place, (key, rows, tokens) in enumerate(self.masks):
+            mine = keep[place * self.room : place * self.room + rows]
+            if x.dim() > 2:
+                mine = mine[:, :tokens]
+            draws = torch.rand(mine.shape, generator=generator(key, self.name), dtype=torch.float32)
+            mine.copy_(draws >= self.p)
+        return x * keep / (1.0 - self.p)
+
+
+class StackedModel:
+    """A context in which an adapted model computes with the factors and heads of K clients.
+
+    Args:
+        adapted: the model; its own factors are untouched, and back afterwards.
+        names: full names of the tensors that differ between clients.
+
+    The model must be one without an `obstacle`.
+    """
+
+    def __init__(self, adapted: AdaptedModel, names: Iterable[str]) -> None:
+        self.adapted = adapted
+        # leaf's path in the model -> (its replacement, parameter -> full name)
+        self._places: dict[str, tuple[StackedLeaf, dict[str, str]]] = {}
+        for name in sorted(names):
+            path, parameter = _leaf_of(adapted, name)
+            leaf = _STACKED[type(adapted.model.get_submodule(path))]()
+            self._places.setdefault(path, (leaf, {}))[1][parameter] = name
+        self._dropouts = {
+            name: StackedDropout(adapted.dropout, name)
+            for name in adapted.layers
+            if adapted.dropout
+        }
+        self._originals: dict[str, nn.Module] = {}
+
+    def __enter__(self) -> "StackedModel":
+        for path, (leaf, _) in self._places.items():
+            original = self.adapted.model.get_submodule(path)
+            self._originals[path] = original
+            _put(self.adapted.model, path, leaf)
+        for name, dropout in self._dropouts.items():
+            path = f"{name}.dropout"
+            self._originals[path] = self.adapted.model.get_submodule(path)
+            dropout.train(self.adapted.model.training)
+            _put(self.adapted.model, path, dropout)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for path, module in self._originals.items():
+            _put(self.adapted.model, path, module)
+        self._originals = {}
+
+    def hold(self, values: Mapping[str, Tensor]) -> None:
+        """Computes with these values from now on.
+
+        Args:
+            values: name -> (c, *shape) of as many clients as the next rows are of.
+        """
+        for leaf, parameters in self._places.values():
+            leaf.weight = values[parameters["weight"]]
+            if "bias" in parameters:
+                leaf.bias = values[parameters["bias"]]
+
+    def mask(self, room: int, masks: Sequence[tuple[int, int, int]]) -> None:
+        """Sets the dropout of the next forward pass, see `StackedDropout`."""
+        for dropout in self._dropouts.values():
+            dropout.room, dropout.masks = room, masks
+
+
+def obstacle(adapted: AdaptedModel) -> str:
+    """Why adapters of several clients cannot share a forward pass; empty if they can."""
+    for name, layer in adapted.layers.items():
+        for factor in layer.factors():
+            leaf = type(getattr(layer, factor))
+            if leaf not in _STACKED:
+                return (
+                    f"method {adapted.spec.method!r} makes a matrix of the size of layer {name} "
+                    "for every client"
+                )
+    for head in adapted.spec.heads:
+        for path, module in adapted.model.get_submodule(head).named_modules(prefix=head):
+            if list(module.parameters(recurse=False)) and type(module) is not nn.Linear:
+                return f"the trained head {path} is a {type(module).__name__}, not a linear layer"
+    return ""
+
+
+def _leaf_of(adapted: AdaptedModel, name: str) -> tuple[str, str]:
+    """(path of the leaf, name of its parameter) of a factor or of a head's parameter."""
+    layer, _, last = name.rpartition(".")
+    return (name, "weight") if layer in adapted.layers else (layer, last)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, child, module)

@@ -1,0 +1,178 @@
+"""Rows: the trained tensors of several clients in one buffer, and their optimiser.
+
+One row per client. What an optimiser does to every number alike is one operation over all
+clients; rates, steps and norms are columns, so that no client sees another.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapter import Tensors
+from fedlora.config.job import TrainingSection
+
+# of torch.optim.AdamW
+_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
+_MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+class Rows:
+    """K clients' trained tensors, (K, P), with gradients and moments of the same shape.
+
+    Args:
+        shapes: name -> shape of one client's tensor.
+        start: each client's values; may hold other names as well.
+        moments: each client's optimiser state to continue from, as `optimizer_tensors` names it.
+        settings: which optimiser.
+        rates: factor -> multiplier of the learning rate.
+        like: gives device and dtype.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        start: Sequence[Tensors],
+        moments: Sequence[Tensors],
+        settings: TrainingSection,
+        rates: Mapping[str, float],
+        like: Tensor,
+    ) -> None:
+        self.settings = settings
+        self._places: dict[str, tuple[slice, tuple[int, ...]]] = {}
+        end = 0
+        for name, shape in shapes.items():
+            begin, end = end, end + math.prod(shape)
+            self._places[name] = (slice(begin, end), tuple(shape))
+        self.values = torch.empty(len(start), end, device=like.device, dtype=like.dtype)
+        for name, (place, _) in self._places.items():
+            for row, tensors in enumerate(start):
+                self.values[row, place] = tensors[name].flatten().to(like)
+        self.gradients = torch.zeros_like(self.values)
+        multipliers = {name: rates.get(name.rpartition(".")[2], 1.0) for name in shapes}
+        self._multiplier = torch.ones(1, end, device=like.device, dtype=like.dtype)
+        for name, (place, _) in self._places.items():
+            self._multiplier[0, place] = multipliers[name]
+        self._plain = set(multipliers.values()) <= {1.0}
+        self._used: set[str] = set()
+        self._restore(moments)
+
+    def tensors(self, source: Tensor, rows: slice) -> dict[str, Tensor]:
+        """Views of `source` (K, P) by name, (k, *shape) each, of some clients."""
+        part = source[rows]
+        return {
+            name: part[:, place].view(len(part), *shape)
+            for name, (place, shape) in self._places.items()
+        }
+
+    def add(self, rows: slice, gradients: Mapping[str, Tensor | None]) -> None:
+        """Adds gradients (k, *shape) of some clients; None for a tensor that was not used."""
+        own = self.tensors(self.gradients, rows)
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                own[name] += gradient
+                self._used.add(name)
+
+    def parameters(self, row: int) -> dict[str, nn.Parameter]:
+        """One client's tensors with their gradients, as views that may be edited in place."""
+        rows = slice(row, row + 1)
+        gradients = self.tensors(self.gradients, rows)
+        found = {}
+        for name, value in self.tensors(self.values, rows).items():
+            found[name] = nn.Parameter(value[0])
+            found[name].grad = gradients[name][0]
+        return found
+
+    def clip(self, norm: float, active: int) -> None:
+        """Scales the gradients of the first `active` clients down to a norm, each for itself."""
+        gradients = self.gradients[:active]
+        norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+        gradients.mul_((norm / (norms + 1e-6)).clamp(max=1.0))
+
+    def move(self, rates: Sequence[float]) -> None:
+        """One step of the first clients at their learning rates; clears their gradients.
+
+        Kingma and Ba, "Adam", https://arxiv.org/abs/1412.6980, algorithm 1, with the weight
+        decay of Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, algorithm 2; in the
+        order of operations of torch.optim.
+        """
+        active = len(rates)
+        value, gradient = self.values[:active], self.gradients[:active]
+        moments = [moment[:active] for moment in self._moments]
+        # as without a gradient: no decay either
+        idle = [name for name in self._places if name not in self._used]
+        kept = [(place, value[:, place].clone()) for place in map(self._place, idle)]
+        rate = self._column(rates)
+        if not self._plain:
+            rate = rate * self._multiplier
+        decay = self.settings.weight_decay
+        self._steps[:active] += torch.tensor([float(name in self._used) for name in self._places])
+        if self.settings.optimizer == "adamw":
+            steps = self._steps[:active]
+            value.mul_(1.0 - rate * decay)
+            mean, square = moments
+            mean.lerp_(gradient, 1.0 - _BETA1)
+            square.mul_(_BETA2).addcmul_(gradient, gradient, value=1.0 - _BETA2)
+            root = square.sqrt().div_(self._spread((1.0 - _BETA2**steps).sqrt()))
+            ratio = mean / root.add_(_EPS)
+            value.sub_(ratio.mul_(rate / self._spread(1.0 - _BETA1**steps)))
+        else:
+            if decay:
+                gradient.add_(value, alpha=decay)
+            if self.settings.momentum:
+                (buffer,) = moments
+                buffer.mul_(self.settings.momentum).add_(gradient)
+                gradient.copy_(buffer)
+            value.sub_(gradient.mul_(rate))
+        for place, before in kept:
+            value[:, place] = before
+        self.gradients[:active].zero_()
+        self._used.clear()
+
+    def moments(self, row: int) -> dict[str, Tensor]:
+        """One client's optimiser state, as `optimizer_tensors` names it."""
+        rows = slice(row, row + 1)
+        known = {
+            name: float(steps)
+            for name, steps in zip(self._places, self._steps[row], strict=True)
+            if steps
+        }
+        found = {}
+        for moment, buffer in zip(self._names, self._moments, strict=True):
+            values = self.tensors(buffer, rows)
+            found.update({f"{name}.{moment}": values[name][0].cpu().clone() for name in known})
+        if self.settings.optimizer == "adamw":
+            found.update({f"{name}.step": torch.tensor(steps) for name, steps in known.items()})
+        return found
+
+    def _restore(self, moments: Sequence[Tensors]) -> None:
+        self._names = _MOMENTS[self.settings.optimizer] if self._keeps() else ()
+        self._moments = [torch.zeros_like(self.values) for _ in self._names]
+        # of every client and tensor: one that was not trained before starts afresh
+        self._steps = torch.zeros(len(moments), len(self._places), dtype=torch.float64)
+        for row, tensors in enumerate(moments):
+            for column, (name, (place, shape)) in enumerate(self._places.items()):
+                found = [tensors.get(f"{name}.{moment}") for moment in self._names]
+                if not found or any(f is None or tuple(f.shape) != shape for f in found):
+                    continue
+                for buffer, value in zip(self._moments, found, strict=True):
+                    assert value is not None
+                    buffer[row, place] = value.flatten().to(buffer)
+                self._steps[row, column] = float(tensors.get(f"{name}.step", 1.0))
+
+    def _place(self, name: str) -> slice:
+        return self._places[name][0]
+
+    def _keeps(self) -> bool:
+        return self.settings.optimizer == "adamw" or bool(self.settings.momentum)
+
+    def _column(self, numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64).to(self.values)[:, None]
+
+    def _spread(self, figures: Tensor) -> Tensor:
+        """Figures (k, tensors) as a column (k, 1) if they are one per client, else (k, P)."""
+        if bool((figures == figures[:, :1]).all()):
+            return figures[:, :1].to(self.values)
+        sizes = torch.tensor([place.stop - place.start for place, _ in self._places.values()])
+        return figures.repeat_interleave(sizes, 1).to(self.values)
