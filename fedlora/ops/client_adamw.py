@@ -21,7 +21,7 @@ class AdamWBuffers:
     """What a step changes in place.
 
     Attributes:
-        parameters: (K, P) float32 or float64.
+        parameters: (K, P) float32 or float64; all may be columns of wider buffers.
         first, second: running means of the gradients and of their squares, alike.
         narrow: a copy of the parameters in a shorter format, (K, P), kept up to date; or None.
     """
@@ -34,7 +34,7 @@ class AdamWBuffers:
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """One step's settings, by client.
+    """One step's settings, by client, on the device of the buffers.
 
     Attributes:
         rate: learning rates (K,).
@@ -124,15 +124,20 @@ def _step(
             eps,
         )
         return
-    rows = active.nonzero().flatten()
+    everyone = bool(active.all())
+    rows = slice(None) if everyone else active.nonzero().flatten()
+    p, m, v = parameters[rows], first[rows], second[rows]
     scale, decay, size, bias = by_client[rows].unsqueeze(2).unbind(1)  # (K, 1) each
     factor = 1.0 if multiplier is None else multiplier.to(parameters.dtype)
-    g = grads[rows].to(parameters.dtype) * scale
-    p = parameters[rows] * (1.0 - decay * factor)
-    m = first[rows].lerp_(g, 1.0 - beta1)
-    v = second[rows].mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
-    p -= size * factor * m / (v.sqrt() / bias + eps)
-    parameters[rows], first[rows], second[rows] = p, m, v
+    g = grads[rows].to(parameters.dtype)
+    if not bool((scale == 1.0).all()):
+        g = g * scale
+    p.mul_(1.0 - decay * factor)
+    m.lerp_(g, 1.0 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+    p.sub_((m * (size * factor)).div_(v.sqrt().div_(bias).add_(eps)))
+    if not everyone:
+        parameters[rows], first[rows], second[rows] = p, m, v
     if narrow is not None:
         narrow[rows] = p.to(narrow.dtype)
 

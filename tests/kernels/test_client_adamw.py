@@ -95,6 +95,24 @@ def test_parameters_may_have_rates_of_their_own(impl):
     assert torch.equal(found[:, factors == 0], start[:, factors == 0])
 
 
+def test_buffers_may_be_columns_of_wider_ones(impl):
+    """Their neighbours keep every bit."""
+    whole, given = buffers(3, 900, narrow=torch.bfloat16), settings(3)
+    cut = AdamWBuffers(*(b[:, 100:800] for b in vars(whole).values()))
+    before = [b.clone() for b in vars(whole).values()]
+    own = AdamWBuffers(
+        *(b.clone(memory_format=torch.contiguous_format) for b in vars(cut).values())
+    )
+    grads = gradient(0, 3, 900)
+    client_adamw_(cut, grads[:, 100:800], given)
+    client_adamw_(own, grads[:, 100:800].contiguous(), given)
+    outside = torch.ones(900, dtype=torch.bool)
+    outside[100:800] = False
+    for old, new, mine in zip(before, vars(whole).values(), vars(own).values(), strict=True):
+        assert torch.equal(new[:, 100:800], mine)
+        assert torch.equal(new[:, outside], old[:, outside])
+
+
 def test_float64(impl):
     given = settings(3, max_norm=torch.tensor([0.5, 1.0, 2.0]))
     held = buffers(3, 100, torch.float64)

@@ -21,6 +21,10 @@ def client_adamw_kernel(
     active,  # (K,) bool
     multiplier,  # (P,), or anything without MULTIPLIER
     P,
+    # of a row of the buffers, of the copy and of the gradients
+    stride,
+    stride_narrow,
+    stride_grads,
     beta2,
     # 1 - beta, which float32 numbers would not give
     rest1,
@@ -38,8 +42,8 @@ def client_adamw_kernel(
     decay = tl.load(by_client + 4 * k + 1)
     size = tl.load(by_client + 4 * k + 2)
     bias = tl.load(by_client + 4 * k + 3)
-    at = k * P + cols
-    g = tl.load(grads + at, mask=mask, other=0.0).to(tl.float32) * scale
+    at = k * stride + cols
+    g = tl.load(grads + k * stride_grads + cols, mask=mask, other=0.0).to(tl.float32) * scale
     p = tl.load(parameters + at, mask=mask, other=0.0)
     m = tl.load(first + at, mask=mask, other=0.0)
     v = tl.load(second + at, mask=mask, other=0.0)
@@ -56,7 +60,7 @@ def client_adamw_kernel(
     tl.store(first + at, m, mask=mask)
     tl.store(second + at, v, mask=mask)
     if NARROW:
-        tl.store(narrow + at, p.to(narrow.dtype.element_ty), mask=mask)
+        tl.store(narrow + k * stride_narrow + cols, p.to(narrow.dtype.element_ty), mask=mask)
 
 
 def client_adamw_(
@@ -72,20 +76,26 @@ def client_adamw_(
 
     Args:
         buffers: parameters, first and second moments (K, P) float32, and a narrow copy or None.
+            All may be columns of wider buffers; the first three of equally wide ones.
     """
     parameters, first, second, narrow = buffers
-    assert all(b is None or b.is_contiguous() for b in buffers)
     count, size = parameters.shape
+    copy = parameters if narrow is None else narrow
+    assert parameters.stride() == first.stride() == second.stride()
+    assert parameters.stride(1) == copy.stride(1) == grads.stride(1) == 1
     client_adamw_kernel[(triton.cdiv(size, BLOCK), count)](
         parameters,
         first,
         second,
-        parameters if narrow is None else narrow,
-        grads.contiguous(),
+        copy,
+        grads,
         by_client,
         active,
         parameters if multiplier is None else multiplier,
         size,
+        parameters.stride(0),
+        copy.stride(0),
+        grads.stride(0),
         betas[1],
         1.0 - betas[0],
         1.0 - betas[1],
@@ -102,7 +112,8 @@ AOT = tuple(
         client_adamw_kernel,
         {
             **dict.fromkeys(("parameters", "first", "second", "by_client", "multiplier"), "*fp32"),
-            **{"narrow": "*bf16", "grads": "*bf16", "active": "*i1", "P": "i32"},
+            **{"narrow": "*bf16", "grads": "*bf16", "active": "*i1"},
+            **dict.fromkeys(("P", "stride", "stride_narrow", "stride_grads"), "i32"),
             **dict.fromkeys(("beta2", "rest1", "rest2", "eps"), "fp32"),
         },
         {"NARROW": whole, "MULTIPLIER": whole, "BLOCK": BLOCK},
