@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.data.example import IGNORE, Example, collate
-from fedlora.training.loss import example_means, loss_sum, predictions
+from fedlora.data.example import Example, collate
+from fedlora.training.loss import loss_sum, token_losses
 
 
 def evaluate(
@@ -58,11 +58,9 @@ def example_figures(
     with torch.no_grad():
         for start in range(0, len(examples), batch_size):
             batch = collate(examples[start : start + batch_size], pad_id).to(device)
-            logits, target = predictions(model, batch, task)
-            losses.append(example_means(logits, target, len(batch.target)))
-            hit = (logits.argmax(-1) == target).double().view(len(batch.target), -1)
-            counted = (target != IGNORE).view_as(hit)
-            right.append((hit * counted).sum(1) / counted.sum(1).clamp_min(1))
+            found = token_losses(model, batch, task)
+            losses.append(found.means())
+            right.append(found.right.double().sum(1) / found.counted.sum(1).clamp_min(1))
     model.train(training)
     return torch.cat(losses).cpu(), torch.cat(right).cpu()
 

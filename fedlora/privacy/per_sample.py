@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.errors import TrainingError
+from fedlora.ops.dp_lora_grads import sample_grads
 from fedlora.privacy.grad_samplers import SAMPLERS, register_grad_samplers
 from fedlora.privacy.pieces import Outer, Piece, Whole
 
@@ -128,17 +129,19 @@ class BookKeeping(PerSample):
                 "which no example's gradient can be told apart"
             )
         wide = torch.promote_types(g.dtype, torch.float32)
-        g, inputs = g.to(wide), tuple(x.to(wide) for x in inputs)
         if isinstance(leaf, nn.Linear):
             x, g = _tokens(inputs[-1]), _tokens(g)
             if (name := self.names.get(id(leaf.weight))) is not None:
                 few = Outer.pays(x.shape[1], *leaf.weight.shape) and name not in self._held
-                self._add(name, Outer(x, g) if few else Whole(g.mT @ x))
+                self._add(
+                    name, Outer(x.to(wide), g.to(wide)) if few else Whole(*sample_grads(x, g))
+                )
             if leaf.bias is not None and (name := self.names.get(id(leaf.bias))) is not None:
-                self._add(name, Whole(g.sum(1)))
+                self._add(name, Whole(g.to(wide).sum(1)))
             return
-        for parameter, grads in SAMPLERS[type(leaf)](leaf, inputs, g).items():
-            self._add(self.names[id(parameter)], Whole(grads))
+        grads = SAMPLERS[type(leaf)](leaf, tuple(x.to(wide) for x in inputs), g.to(wide))
+        for parameter, held in grads.items():
+            self._add(self.names[id(parameter)], Whole(held))
 
     def _add(self, name: str, piece: Piece) -> None:
         held = self._held.get(name)

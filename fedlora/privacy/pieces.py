@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedlora.ops.dp_lora_grads import squared_norms, weighted_sum
+
 
 class Piece(Protocol):
     """The gradients of one parameter, one per example."""
@@ -20,13 +22,11 @@ class Piece(Protocol):
         """Squared L2 norm of every example's gradient, (N,)."""
         ...
 
-    def weighted_sum(self, weights: Tensor, keep: Tensor | None) -> Tensor:
+    def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_n w_n g_n, in the parameter's shape.
 
         Args:
-            weights: (N,).
-            keep: numbers of the examples that take part; None for all. The others may hold
-                anything, also NaN.
+            weights: (N,). An example of weight 0 may hold anything, also NaN.
         """
         ...
 
@@ -36,20 +36,22 @@ class Piece(Protocol):
 
 
 class Whole:
-    """Gradients that are there as they are, (N, *shape)."""
+    """Gradients that are there as they are, (N, *shape).
 
-    def __init__(self, grads: Tensor) -> None:
+    Args:
+        grads: the gradients.
+        squares: their squared norms (N,), if they are known.
+    """
+
+    def __init__(self, grads: Tensor, squares: Tensor | None = None) -> None:
         self.grads = grads
+        self.squares = squares
 
     def squared_norms(self) -> Tensor:
-        return self.grads.flatten(1).square().sum(1)
+        return squared_norms(self.grads) if self.squares is None else self.squares
 
-    def weighted_sum(self, weights: Tensor, keep: Tensor | None) -> Tensor:
-        grads = self.grads
-        if keep is not None:
-            grads, weights = grads[keep], weights[keep]
-        total: Tensor = torch.tensordot(weights, grads, 1)
-        return total
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return weighted_sum(self.grads, weights)
 
     def whole(self) -> Tensor:
         return self.grads
@@ -81,10 +83,10 @@ class Outer:
         gram = (x @ x.mT) * (g @ g.mT)  # (N, T, T)
         return gram.sum((1, 2)).clamp_min(0).to(self.g.dtype)
 
-    def weighted_sum(self, weights: Tensor, keep: Tensor | None) -> Tensor:
-        x, g = self.x, self.g
-        if keep is not None:
-            x, g, weights = x[keep], g[keep], weights[keep]
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        x, g, taken = self.x, self.g, weights != 0
+        if not bool(taken.all()):
+            x, g, weights = x[taken], g[taken], weights[taken]
         scaled = g * weights[:, None, None]
         return scaled.flatten(0, 1).mT @ x.flatten(0, 1)
 
@@ -106,5 +108,4 @@ def clipped_sum(pieces: Mapping[str, Piece], clip: float) -> tuple[dict[str, Ten
     norms = torch.stack([piece.squared_norms() for piece in pieces.values()]).sum(0).sqrt()
     finite = norms.isfinite()
     weights = torch.where(finite, (clip / (norms + 1e-6)).clamp_max(1.0), 0.0)
-    keep = None if bool(finite.all()) else finite.nonzero().flatten()
-    return {name: piece.weighted_sum(weights, keep) for name, piece in pieces.items()}, norms
+    return {name: piece.weighted_sum(weights) for name, piece in pieces.items()}, norms

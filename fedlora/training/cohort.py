@@ -20,7 +20,7 @@ from fedlora.data.example import IGNORE, Batch
 from fedlora.data.order import batch_order, loader
 from fedlora.errors import TrainingError
 from fedlora.seeds import generator
-from fedlora.training.loss import predictions
+from fedlora.training.loss import token_losses
 from fedlora.training.memory import out_of_memory
 from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import learning_rate
@@ -186,13 +186,12 @@ class Cohort:
         device = self._rows.values.device
         batch = join(batches, self.pad_id).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            logits, target = predictions(self.adapted.model, batch, self.task)
-            losses = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
-        sums = losses.view(len(clients), -1).sum(1)  # (K,)
+            each = token_losses(self.adapted.model, batch, self.task)
+        sums = each.losses.view(len(clients), -1).sum(1)  # (K,)
         # each client's loss reaches its own factors alone, so their sum has all the gradients
         found = torch.autograd.grad(sums.sum(), list(values.values()), allow_unused=True)
         self._rows.add(rows, dict(zip(values, found, strict=True)))
-        counts = (target != IGNORE).view(len(clients), -1).sum(1)
+        counts = each.counted.view(len(clients), -1).sum(1)
         return sums.detach().tolist(), counts.tolist()
 
     def _result(self, row: int) -> LocalResult | TrainingError:

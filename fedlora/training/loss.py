@@ -1,4 +1,7 @@
-"""Losses as sums and counts, so that a mean over micro-batches weighs every token alike."""
+"""Losses by token, so that a mean over micro-batches weighs every token alike.
+
+Shapes: n examples, T tokens; a classification task has one target, as if T were 1.
+"""
 
 from dataclasses import dataclass
 
@@ -7,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.data.example import IGNORE, Batch
+from fedlora.ops.linear_ce import linear_ce
+from fedlora.training.frozen_head import frozen_head
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,26 @@ class LossSum:
     correct: int
 
 
+@dataclass(frozen=True)
+class TokenLosses:
+    """What a model makes of every position of a batch, (n, T) each.
+
+    Attributes:
+        losses: negative log-likelihood of the target in nats, in float32 or wider and with
+            gradient; 0 where nothing counts.
+        right: whether the target counts and has the largest logit.
+        counted: whether the target counts.
+    """
+
+    losses: Tensor
+    right: Tensor
+    counted: Tensor
+
+    def means(self) -> Tensor:
+        """Each example's own mean loss over its counted tokens, (n,); 0 without any."""
+        return self.losses.sum(1) / self.counted.sum(1).clamp_min(1)
+
+
 def loss_sum(model: nn.Module, batch: Batch, task: str) -> LossSum:
     """The loss of one micro-batch, with float32 (or wider) logits.
 
@@ -32,11 +57,8 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> LossSum:
         batch: with targets at the positions of the inputs; the shift is done here.
         task: "causal-lm", or a classification task.
     """
-    logits, target = predictions(model, batch, task)
-    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-    counted = target != IGNORE
-    correct = int(((logits.detach().argmax(-1) == target) & counted).sum())
-    return LossSum(total, int(counted.sum()), correct)
+    found = token_losses(model, batch, task)
+    return LossSum(found.losses.sum(), int(found.counted.sum()), int(found.right.sum()))
 
 
 def example_losses(model: nn.Module, batch: Batch, task: str) -> Tensor:
@@ -45,24 +67,22 @@ def example_losses(model: nn.Module, batch: Batch, task: str) -> Tensor:
     No example's loss depends on another one: a mean over the tokens of the batch, as
     transformers has it, would let one example rescale the gradients of all others.
     """
-    logits, target = predictions(model, batch, task)
-    return example_means(logits, target, len(batch.target))
+    return token_losses(model, batch, task).means()
 
 
-def example_means(logits: Tensor, target: Tensor, count: int) -> Tensor:
-    """The mean loss of each of `count` examples, from what `predictions` gives."""
-    losses = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
-    losses = losses.view(count, -1)  # (n, T - 1) or (n, 1)
-    counted = (target != IGNORE).view_as(losses).sum(1)
-    return losses.sum(1) / counted.clamp_min(1)
-
-
-def predictions(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
-    """Logits (m, classes or vocabulary), in float32 or wider, and targets (m,)."""
-    logits: Tensor = model(**batch.inputs).logits
+def token_losses(model: nn.Module, batch: Batch, task: str) -> TokenLosses:
+    """The losses of one micro-batch by position; see `loss_sum` for the arguments."""
     if task == "causal-lm":
-        logits = logits[:, :-1].flatten(0, 1)  # (n * (T - 1), vocabulary)
-        target = batch.target[:, 1:].flatten()
+        target = F.pad(batch.target[:, 1:], (0, 1), value=IGNORE)
+        parts = frozen_head(model)
     else:
-        target = batch.target
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), target
+        target, parts = batch.target[:, None], None
+    if parts is not None:
+        hidden = parts.body(**batch.inputs).last_hidden_state
+        losses, right = linear_ce(hidden, parts.head.weight, parts.head.bias, target)
+        return TokenLosses(losses, right, target != IGNORE)
+    logits: Tensor = model(**batch.inputs).logits
+    rows = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(rows, target.flatten(), ignore_index=IGNORE, reduction="none")
+    right = rows.detach().argmax(-1).view_as(target) == target
+    return TokenLosses(losses.view_as(target), right, target != IGNORE)

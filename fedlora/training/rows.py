@@ -5,16 +5,15 @@ clients; rates, steps and norms are columns, so that no client sees another.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Tensors
 from fedlora.config.job import TrainingSection
+from fedlora.ops.client_adamw import AdamWBuffers, AdamWStep, client_adamw_
 
-# of torch.optim.AdamW
-_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
 _MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
@@ -51,9 +50,9 @@ class Rows:
                 self.values[row, place] = tensors[name].flatten().to(like)
         self.gradients = torch.zeros_like(self.values)
         multipliers = {name: rates.get(name.rpartition(".")[2], 1.0) for name in shapes}
-        self._multiplier = torch.ones(1, end, device=like.device, dtype=like.dtype)
+        self._multiplier = torch.ones(end, device=like.device, dtype=like.dtype)
         for name, (place, _) in self._places.items():
-            self._multiplier[0, place] = multipliers[name]
+            self._multiplier[place] = multipliers[name]
         self._plain = set(multipliers.values()) <= {1.0}
         self._used: set[str] = set()
         self._restore(moments)
@@ -91,44 +90,68 @@ class Rows:
         gradients.mul_((norm / (norms + 1e-6)).clamp(max=1.0))
 
     def move(self, rates: Sequence[float]) -> None:
-        """One step of the first clients at their learning rates; clears their gradients.
-
-        Kingma and Ba, "Adam", https://arxiv.org/abs/1412.6980, algorithm 1, with the weight
-        decay of Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, algorithm 2; in the
-        order of operations of torch.optim.
-        """
+        """One step of the first clients at their learning rates; clears their gradients."""
         active = len(rates)
-        value, gradient = self.values[:active], self.gradients[:active]
-        moments = [moment[:active] for moment in self._moments]
-        # as without a gradient: no decay either
-        idle = [name for name in self._places if name not in self._used]
-        kept = [(place, value[:, place].clone()) for place in map(self._place, idle)]
-        rate = self._column(rates)
-        if not self._plain:
-            rate = rate * self._multiplier
-        decay = self.settings.weight_decay
-        self._steps[:active] += torch.tensor([float(name in self._used) for name in self._places])
-        if self.settings.optimizer == "adamw":
-            steps = self._steps[:active]
-            value.mul_(1.0 - rate * decay)
-            mean, square = moments
-            mean.lerp_(gradient, 1.0 - _BETA1)
-            square.mul_(_BETA2).addcmul_(gradient, gradient, value=1.0 - _BETA2)
-            root = square.sqrt().div_(self._spread((1.0 - _BETA2**steps).sqrt()))
-            ratio = mean / root.add_(_EPS)
-            value.sub_(ratio.mul_(rate / self._spread(1.0 - _BETA1**steps)))
-        else:
-            if decay:
-                gradient.add_(value, alpha=decay)
-            if self.settings.momentum:
-                (buffer,) = moments
-                buffer.mul_(self.settings.momentum).add_(gradient)
-                gradient.copy_(buffer)
-            value.sub_(gradient.mul_(rate))
-        for place, before in kept:
-            value[:, place] = before
+        used = torch.tensor([float(name in self._used) for name in self._places])
+        self._steps[:active] += used
+        for place, steps in self._runs(active):
+            multiplier = None if self._plain else self._multiplier[place]
+            if self.settings.optimizer == "adamw":
+                self._adamw(place, rates, steps, multiplier)
+            else:
+                self._sgd(place, rates, multiplier)
         self.gradients[:active].zero_()
         self._used.clear()
+
+    def _runs(self, active: int) -> Iterator[tuple[slice, list[float]]]:
+        """Columns of tensors that are moved alike, and the step that each client takes (k,).
+
+        A tensor without a gradient is in none: it has no decay either.
+        """
+        begin = end = 0
+        held: list[float] | None = None
+        columns = self._steps[:active].T.tolist()
+        for (name, (place, _)), column in zip(self._places.items(), columns, strict=True):
+            steps = column if name in self._used else None
+            if steps is None or steps != held:
+                if held is not None:
+                    yield slice(begin, end), held
+                begin, held = place.start, steps
+            end = place.stop
+        if held is not None:
+            yield slice(begin, end), held
+
+    def _adamw(
+        self, place: slice, rates: Sequence[float], steps: list[float], multiplier: Tensor | None
+    ) -> None:
+        active = len(rates)
+        rate = self._column(rates)
+        mean, square = (moment[:active, place] for moment in self._moments)
+        client_adamw_(
+            AdamWBuffers(self.values[:active, place], mean, square),
+            self.gradients[:active, place],
+            AdamWStep(
+                rate,
+                self._column(steps),
+                torch.ones_like(rate, dtype=torch.bool),
+                torch.full_like(rate, self.settings.weight_decay),
+                multiplier=multiplier,
+            ),
+        )
+
+    def _sgd(self, place: slice, rates: Sequence[float], multiplier: Tensor | None) -> None:
+        active = len(rates)
+        value, gradient = self.values[:active, place], self.gradients[:active, place]
+        rate = self._column(rates).to(value)[:, None]
+        if multiplier is not None:
+            rate = rate * multiplier
+        if self.settings.weight_decay:
+            gradient.add_(value, alpha=self.settings.weight_decay)
+        if self.settings.momentum:
+            buffer = self._moments[0][:active, place]
+            buffer.mul_(self.settings.momentum).add_(gradient)
+            gradient.copy_(buffer)
+        value.sub_(gradient.mul_(rate))
 
     def moments(self, row: int) -> dict[str, Tensor]:
         """One client's optimiser state, as `optimizer_tensors` names it."""
@@ -161,18 +184,8 @@ class Rows:
                     buffer[row, place] = value.flatten().to(buffer)
                 self._steps[row, column] = float(tensors.get(f"{name}.step", 1.0))
 
-    def _place(self, name: str) -> slice:
-        return self._places[name][0]
-
     def _keeps(self) -> bool:
         return self.settings.optimizer == "adamw" or bool(self.settings.momentum)
 
     def _column(self, numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64).to(self.values)[:, None]
-
-    def _spread(self, figures: Tensor) -> Tensor:
-        """Figures (k, tensors) as a column (k, 1) if they are one per client, else (k, P)."""
-        if bool((figures == figures[:, :1]).all()):
-            return figures[:, :1].to(self.values)
-        sizes = torch.tensor([place.stop - place.start for place, _ in self._places.values()])
-        return figures.repeat_interleave(sizes, 1).to(self.values)
+        return torch.tensor(numbers, dtype=torch.float64, device=self.values.device)

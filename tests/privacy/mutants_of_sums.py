@@ -4,10 +4,9 @@ from dataclasses import field, replace
 
 import torch
 
-from fedlora.data.example import IGNORE
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.pieces import Whole
-from fedlora.training.loss import predictions
+from fedlora.training.loss import token_losses
 from fedlora.training.private import PrivateTrainer
 from tests.privacy.mutant import mechanism, trainer
 
@@ -113,8 +112,8 @@ class Parts:
     def squared_norms(self):
         return sum(piece.squared_norms() for piece in self.pieces)
 
-    def weighted_sum(self, weights, keep):
-        return sum(piece.weighted_sum(weights, keep) for piece in self.pieces)
+    def weighted_sum(self, weights):
+        return sum(piece.weighted_sum(weights) for piece in self.pieces)
 
 
 @trainer("denominator", "shared")
@@ -151,26 +150,20 @@ class DenominatorOfTheBatchDrawn(Mechanism):
         return Mechanism.released(replace(self, rate=rate), sums, parameters)
 
 
-def token_losses(trainer, inputs):
-    """(n, T - 1), 0 where nothing is counted; and how many are."""
-    logits, target = predictions(trainer.adapted.model, inputs, trainer.task)
-    losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    return losses.view(len(inputs.target), -1), int((target != IGNORE).sum())
-
-
 @trainer("additivity")
 class MeanOverTheTokensOfTheBatch(PrivateTrainer):
     """What transformers does when it is given labels; times n, as Opacus takes a mean."""
 
     def losses(self, inputs):
-        losses, count = token_losses(self, inputs)
-        return losses.sum(1) / max(1, count) * len(losses)
+        found = token_losses(self.adapted.model, inputs, self.task)
+        count = max(1, int(found.counted.sum()))
+        return found.losses.sum(1) / count * len(found.losses)
 
 
 @trainer("denominator")
 class SumOverTheTokensOfAnExample(PrivateTrainer):
     def losses(self, inputs):
-        return token_losses(self, inputs)[0].sum(1)
+        return token_losses(self.adapted.model, inputs, self.task).losses.sum(1)
 
 
 @trainer("additivity")

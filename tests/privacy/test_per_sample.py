@@ -6,6 +6,8 @@ import torch
 from fedlora.adapters import METHODS
 from fedlora.data.example import collate
 from fedlora.privacy.per_sample import MODES, per_sample
+from fedlora.training import loss
+from fedlora.training.frozen_head import frozen_head
 from fedlora.training.loss import example_losses
 from fedlora.training.mode import training_mode
 from tests.privacy.models import KINDS, make
@@ -18,8 +20,8 @@ def alone(made, parameters):
     """name -> (N, *shape), by one backward pass per unpadded example."""
     rows = []
     for example in made.examples:
-        loss = example_losses(made.adapted.model, collate([example], 0), made.task).sum()
-        rows.append(torch.autograd.grad(loss, list(parameters.values())))
+        own = example_losses(made.adapted.model, collate([example], 0), made.task).sum()
+        rows.append(torch.autograd.grad(own, list(parameters.values())))
     return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(parameters)}
 
 
@@ -51,3 +53,18 @@ def check(mode, made, factors=None, checkpointing=False):
 @pytest.mark.parametrize("mode", MODES)
 def test_equal_to_one_backward_pass_per_unpadded_example(mode, method, kind):
     check(mode, make(kind, method))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_that_needs_no_logits_leaves_the_same_gradients(mode, kind, monkeypatch):
+    """Oracle: one example at a time, with the model's own logits."""
+    made = make(kind)
+    parameters = made.adapted.train_only(all_factors(made))
+    assert frozen_head(made.adapted.model) is not None
+    with training_mode(made.adapted, checkpointing=False):
+        found = listened(mode, made, parameters)
+        monkeypatch.setattr(loss, "frozen_head", lambda model: None)
+        expected = alone(made, parameters)
+    for name, grads in expected.items():
+        torch.testing.assert_close(found[name], grads, rtol=1e-5, atol=1e-5)
