@@ -33,12 +33,7 @@ class Dropout:
 
     def __post_init__(self) -> None:
         assert self.key.dtype == torch.int64
-        assert 0.0 <= self.rate and self.threshold < LEVELS, f"dropout rate {self.rate}"
-
-    @property
-    def threshold(self) -> int:
-        """Of the 2**16 equally likely draws, how many drop."""
-        return threshold(self.rate)
+        assert 0 <= threshold(self.rate) < LEVELS, f"dropout rate {self.rate}"
 
 
 def threshold(rate: float) -> int:

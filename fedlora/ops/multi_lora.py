@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from fedlora.ops import row_ops
 from fedlora.ops.autocast import compute_dtype
 from fedlora.ops.dropout_mask import Dropout
+from fedlora.ops.ds_db import grouped_ds_db
 
 
 def multi_lora(
@@ -109,10 +110,15 @@ class _MultiLora(Function):
         sizes, way = ctx.sizes, ctx.way
         # grouped products take no gradient that is expanded from one number
         dy = dy.contiguous()
-        db = row_ops.factor_grads(dy, s, sizes, None, 0.0, way) if needs_b else None
-        dx = da = None
-        if needs_x or needs_a:
-            ds = row_ops.shrink(dy, b.mT, sizes, None, 0.0, way)
+        dx = da = db = None
+        if way == row_ops.TRITON and needs_b and (needs_x or needs_a):
+            ds = torch.empty_like(s)
+            db = grouped_ds_db(dy, b, s, sizes, 1.0, ds)
+        else:
+            if needs_b:
+                db = row_ops.factor_grads(dy, s, sizes, None, 0.0, way)
+            if needs_x or needs_a:
+                ds = row_ops.shrink(dy, b.mT, sizes, None, 0.0, way)
         if needs_a:
             da = row_ops.factor_grads(ds, x, sizes, keys, ctx.rate, way)
         if needs_x:

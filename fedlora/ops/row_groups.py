@@ -90,7 +90,8 @@ def _shrink(x: Tensor, a: Tensor, sizes: Sequence[int], way: str) -> Tensor:
     if way == "masked":
         clients, _ = places(tuple(sizes), x.device)
         every = (x @ a.flatten(0, 1).T).unflatten(1, a.shape[:2])  # (M, K, r)
-        return every[torch.arange(len(x), device=x.device), clients]
+        own: Tensor = every[torch.arange(len(x), device=x.device), clients]
+        return own
     if way == "loop":
         s = x.new_empty(len(x), a.shape[1])
         for part, rows, factor in zip(s.split(list(sizes)), x.split(list(sizes)), a, strict=True):
@@ -121,7 +122,7 @@ def _factor_grads(g: Tensor, x: Tensor, sizes: Sequence[int], way: str) -> Tenso
             grads[i] = 0
         return grads
     if way == "masked":
-        return (_wide(g, sizes).T @ x).unflatten(0, (len(sizes), -1))
+        return (_wide(g, sizes).T @ x).view(len(sizes), -1, x.shape[1])
     if way == "loop":
         grads = x.new_empty(len(sizes), g.shape[1], x.shape[1])
         for out, left, right in zip(grads, g.split(list(sizes)), x.split(list(sizes)), strict=True):
@@ -133,7 +134,7 @@ def _factor_grads(g: Tensor, x: Tensor, sizes: Sequence[int], way: str) -> Tenso
 def _deep(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """(M, k) as (K, n, k), with zero rows below those of a group of fewer than n."""
     if len(set(sizes)) == 1:
-        return x.unflatten(0, (len(sizes), sizes[0]))
+        return x.reshape(len(sizes), sizes[0], x.shape[1])
     clients, rows = places(tuple(sizes), x.device)
     deep = x.new_zeros(len(sizes), max(sizes), x.shape[1])
     deep[clients, rows] = x

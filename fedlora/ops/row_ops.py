@@ -64,8 +64,7 @@ def factor_grads(
     return made
 
 
-@torch.library.impl(_LIBRARY, "row_shrink", "CompositeExplicitAutograd")
-def _(
+def _shrink(
     x: Tensor, a: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float, way: str
 ) -> Tensor:
     if way == TRITON:
@@ -75,8 +74,7 @@ def _(
     return row_groups.shrink(x, a, sizes, keys, rate, way)
 
 
-@torch.library.impl(_LIBRARY, "row_expand_", "CompositeExplicitAutograd")
-def _(
+def _expand_(
     y: Tensor,
     s: Tensor,
     b: Tensor,
@@ -93,8 +91,7 @@ def _(
         row_groups.expand_(y, s, b, sizes, keys, rate, way)
 
 
-@torch.library.impl(_LIBRARY, "row_factor_grads", "CompositeExplicitAutograd")
-def _(
+def _factor_grads(
     g: Tensor, x: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float, way: str
 ) -> Tensor:
     if way == TRITON:
@@ -104,15 +101,13 @@ def _(
     return row_groups.factor_grads(g, x, sizes, keys, rate, way)
 
 
-@torch.library.register_fake("fedlora::row_shrink", lib=_LIBRARY)
-def _(
+def _fake_shrink(
     x: Tensor, a: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float, way: str
 ) -> Tensor:
     return x.new_empty(x.shape[0], a.shape[1])
 
 
-@torch.library.register_fake("fedlora::row_expand_", lib=_LIBRARY)
-def _(
+def _fake_expand_(
     y: Tensor,
     s: Tensor,
     b: Tensor,
@@ -124,8 +119,16 @@ def _(
     return None
 
 
-@torch.library.register_fake("fedlora::row_factor_grads", lib=_LIBRARY)
-def _(
+def _fake_factor_grads(
     g: Tensor, x: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float, way: str
 ) -> Tensor:
     return x.new_empty(len(sizes), g.shape[1], x.shape[1])
+
+
+for _name, _made, _fake in (
+    ("row_shrink", _shrink, _fake_shrink),
+    ("row_expand_", _expand_, _fake_expand_),
+    ("row_factor_grads", _factor_grads, _fake_factor_grads),
+):
+    _LIBRARY.impl(_name, _made, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fedlora::{_name}", _fake, lib=_LIBRARY)
