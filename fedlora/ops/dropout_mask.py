@@ -6,6 +6,7 @@ the counter-based generator Philox4x32-10 of Salmon et al., "Parallel Random Num
 columns with 16 bits each, so that rates are multiples of 2**-16.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,16 +57,16 @@ def keep_mask(keys: Tensor, rows: Tensor, columns: int, rate: float) -> Tensor:
         rate: see `Dropout`.
     """
     groups = torch.arange(-(-columns // COLUMNS), device=rows.device)
-    words = torch.stack(_philox(keys[..., None], groups, rows[:, None]), -1)  # (M, groups, 4)
+    zero = torch.zeros_like(rows[:, None])
+    words = torch.stack(philox(keys[..., None], [groups, rows[:, None], zero, zero]), -1)
     draws = torch.stack([words & (LEVELS - 1), words >> 16], -1).flatten(1)
     return draws[:, :columns] >= threshold(rate)
 
 
-def _philox(key: Tensor, group: Tensor, row: Tensor) -> list[Tensor]:
-    """Four words of 32 bits of the counter (group, row, 0, 0), held in int64."""
+def philox(key: Tensor, counter: Sequence[Tensor]) -> list[Tensor]:
+    """Four words of 32 bits, held in int64, of a key of 64 bits and a counter of four words."""
     k0, k1 = key & WORD, (key >> 32) & WORD
-    c0, c1 = torch.broadcast_tensors(group & WORD, row & WORD)
-    c2 = c3 = torch.zeros_like(c0)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(word & WORD for word in counter))
     for _ in range(ROUNDS):
         # products wrap round at 2**64, which changes no bit of either half
         even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
