@@ -24,30 +24,23 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def modules():
-    """Name -> module, of every module of kernels."""
+    """Name -> module, of every module that has kernels."""
     names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
-    return {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in names}
-
-
-def launched(module):
-    """Names of the module's kernels; other functions of Triton are parts of them."""
-    found = [f for f in vars(module).values() if isinstance(f, triton.JITFunction)]
-    return {f.__name__ for f in found if f.__name__.endswith("_kernel")}
+    found = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in names}
+    return {
+        n: m
+        for n, m in found.items()
+        if any(isinstance(k, triton.JITFunction) for k in vars(m).values())
+    }
 
 
 def usage(case, target):
     """Registers, bytes of stack and of shared memory of one compiled case."""
     names = case.kernel.arg_names
     constants = {(names.index(name),): value for name, value in case.constexprs.items()}
-    signature, hints = {}, {}
-    for place, name in enumerate(names):
-        signature[name], _, hint = case.signature.get(name, "constexpr").partition(":")
-        if hint == "1":
-            signature[name], constants[(place,)] = "constexpr", 1
-        elif hint:
-            hints[(place,)] = [["tt.divisibility", int(hint)]]
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
     made = triton.compile(
-        ASTSource(case.kernel, signature, constants, hints),
+        ASTSource(case.kernel, signature, constants),
         target=GPUTarget("cuda", target, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages},
     )
@@ -70,7 +63,8 @@ def main():
                 row["kernel"] = case.kernel.__name__
                 row["constexprs"] = {key: str(value) for key, value in case.constexprs.items()}
                 print(json.dumps({**row, **usage(case, target)}), flush=True)
-        bare = launched(module) - {case.kernel.__name__ for case in getattr(module, "AOT", ())}
+        bare = {key for key, k in vars(module).items() if isinstance(k, triton.JITFunction)}
+        bare -= {case.kernel.__name__ for case in getattr(module, "AOT", ())}
         print(json.dumps({"module": name, "bare": sorted(bare)}), flush=True)
 
 

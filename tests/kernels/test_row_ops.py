@@ -111,19 +111,25 @@ def test_what_is_chosen_on_a_gpu(sizes, kind, rank, way, monkeypatch):
     assert row_groups.choose(rank, (64, 32), sizes, torch.device("cuda"), kind) == way
 
 
-def test_a_diverged_client_stays_alone():
+@pytest.mark.parametrize("way", ["loop", "padded", row_ops.TRITON])
+def test_a_diverged_client_stays_alone(way, monkeypatch):
     """Zero times its infinity must not reach the others, by whatever is chosen by itself."""
+    monkeypatch.setenv("FEDLORA_OPS", "triton" if GPU else "interpret")
     sizes = (3, 4)
-    x, a = normal(7, 6, seed=1), normal(2, 2, 6, seed=2)
-    b = normal(2, 5, 2, seed=3)
-    a[1], b[1] = float("nan"), float("inf")
-    for way in ("loop", "padded"):
-        s = row_groups.shrink(x, a, sizes, None, 0.0, way)
-        y = torch.zeros(7, 5, dtype=torch.float64)
-        row_groups.expand_(y, s, b, sizes, None, 0.0, way)
-        assert y[:3].isfinite().all()
-        assert not y[3:].isfinite().any()
-        assert row_groups.factor_grads(s, x, sizes, None, 0.0, way)[0].isfinite().all()
+    x, dy, a, b = (
+        normal(*shape, seed=i, dtype=torch.float32)
+        for i, shape in enumerate([(7, 6), (7, 5), (2, 2, 6), (2, 5, 2)])
+    )
+    x[3:], dy[3:], a[1], b[1] = float("nan"), float("inf"), float("nan"), float("inf")
+    s = row_ops.shrink(x, a, sizes, None, 0.0, way)
+    y = torch.zeros(7, 5)
+    row_ops.expand_(y, s, b, sizes, None, 0.0, way)
+    assert y[:3].isfinite().all()
+    assert not y[3:].isfinite().any()
+    assert row_ops.factor_grads(s, x, sizes, None, 0.0, way)[0].isfinite().all()
+    ds = torch.empty(7, 2)
+    assert grouped_ds_db(dy, b, s, sizes, 1.0, ds)[0].isfinite().all()
+    assert ds[:3].isfinite().all()
 
 
 def _op_arguments(keys):

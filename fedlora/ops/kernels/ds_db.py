@@ -11,21 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora.ops.kernels.aot_case import AotCase, aligned
+from fedlora.ops.kernels.aot_case import AotCase
+from fedlora.ops.kernels.parts import rows as rows_part
 from fedlora.ops.kernels.row_blocks import (
     blocks,
     many,
     narrow,
     rank_tile,
-    row_block,
     rows_of,
     sum_parts,
 )
 
-# bytes of a number -> (rows, columns at once, most ranks, warps, stages)
-CONFIGS = {2: (128, 64, 64, 8, 3), 4: (32, 16, 32, 4, 2)}
-# rows that cannot be read 16 bytes at a time take registers for every number's address
-MOST_ODD = 32
+# bytes of a number -> (rows, columns at once, most ranks, warps, stages); 64 ranks at once fit
+# in the registers only if every row begins at a multiple of 16 bytes
+CONFIGS = {2: (128, 64, 32, 8, 3), 4: (32, 16, 32, 4, 2)}
 SPAN = 1024
 
 
@@ -53,7 +52,7 @@ def ds_db_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    group, first, end, _start = row_block(table, M, TABLE, BLOCK_M)
+    group, first, end, _start = rows_part.row_block(table, M, TABLE, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)
     wide = rows.to(tl.int64)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -102,8 +101,7 @@ def ds_db(
     dy = rows_of(dy)
     block_m, block_n, most, warps, stages = CONFIGS[dy.dtype.itemsize]
     (count, out), rank = dy.shape, s.shape[1]
-    odd = any(number % 16 for number in (out, rank, dy.stride(0)))
-    block_r = rank_tile(rank, min(most, MOST_ODD) if odd else most)
+    block_r = rank_tile(rank, most)
     table, bounds = blocks(tuple(sizes), block_m, dy.device)
     spans = triton.cdiv(out, SPAN)
     ds_parts = torch.empty(spans, count, rank, dtype=torch.float32, device=dy.device)
@@ -139,7 +137,7 @@ def ds_db(
     return db
 
 
-def _case(kind: str, rank: int, table: bool, odd: bool = False) -> AotCase:
+def _case(kind: str, rank: int, table: bool) -> AotCase:
     block_m, block_n, most, warps, stages = CONFIGS[4 if kind == "fp32" else 2]
     numbers = ("M", "N", "R", "stride_y", "stride_bg", "stride_bn", "stride_br", "stride_sm")
     signature = {
@@ -147,11 +145,9 @@ def _case(kind: str, rank: int, table: bool, odd: bool = False) -> AotCase:
         **{"ds_parts": "*fp32", "db_parts": "*fp32"},
         **dict.fromkeys((*numbers, "stride_sr"), "i32"),
     }
-    if odd:
-        most = min(most, MOST_ODD)
     return AotCase(
         ds_db_kernel,
-        signature if odd else aligned(signature, one=("stride_br", "stride_sr"), free=("M",)),
+        signature,
         {
             **{"TABLE": table, "WIDEN": False, "SPAN": SPAN},
             **{"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank_tile(rank, most)},
@@ -164,6 +160,6 @@ def _case(kind: str, rank: int, table: bool, odd: bool = False) -> AotCase:
 AOT = (
     _case("bf16", 16, False),
     _case("bf16", 64, True),
-    _case("bf16", 64, True, odd=True),
-    _case("fp32", 64, True, odd=True),
+    _case("bf16", 64, True),
+    _case("fp32", 64, True),
 )

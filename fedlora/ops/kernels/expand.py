@@ -7,15 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fedlora.ops.dropout_mask import threshold, upscale
-from fedlora.ops.kernels.aot_case import AotCase, aligned
+from fedlora.ops.kernels.aot_case import AotCase
+from fedlora.ops.kernels.parts import rows as rows_part
 from fedlora.ops.kernels.row_blocks import (
     blocks,
-    keep,
     key_of,
     many,
     narrow,
     rank_tile,
-    row_block,
 )
 
 # bytes of a number -> (rows, columns, most ranks at once, warps)
@@ -47,7 +46,7 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    group, first, end, start = row_block(table, M, TABLE, BLOCK_M)
+    group, first, end, start = rows_part.row_block(table, M, TABLE, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N
     cols = column + tl.arange(0, BLOCK_N)
@@ -73,7 +72,8 @@ def expand_kernel(
     inside = (rows[:, None] < end) & (cols[None, :] < N)
     y += rows.to(tl.int64)[:, None] * stride_y + cols[None, :]
     if DROPOUT:
-        kept = keep(tl.load(keys + group), rows - start, column, threshold, BLOCK_M, BLOCK_N)
+        key = tl.load(keys + group)
+        kept = rows_part.keep(key, rows - start, column, threshold, BLOCK_M, BLOCK_N)
         total = tl.where(kept, total * upscale, 0.0)
     sum = tl.load(y, mask=inside, other=0.0).to(tl.float32) + total
     tl.store(y, sum.to(y.dtype.element_ty), mask=inside)
@@ -113,7 +113,7 @@ def expand_(
     )
 
 
-def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -> AotCase:
+def _case(kind: str, rank: int, dropout: bool, table: bool) -> AotCase:
     block_m, block_n, most, warps = CONFIGS[4 if kind == "fp32" else 2]
     numbers = ("M", "N", "R", "stride_y", "stride_sm", "stride_sr", "stride_bg", "stride_bn")
     signature = {
@@ -121,10 +121,9 @@ def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -
         **dict.fromkeys((*numbers, "stride_br", "threshold"), "i32"),
         "upscale": "fp32",
     }
-    one, free = ("stride_sr", "stride_br"), ("M", "threshold", "upscale")
     return AotCase(
         expand_kernel,
-        signature if odd else aligned(signature, one=one, free=free),
+        signature,
         {
             **{"TABLE": table, "DROPOUT": dropout, "WIDEN": False},
             **{"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank_tile(rank, most)},
@@ -136,6 +135,6 @@ def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -
 AOT = (
     _case("bf16", 16, True, False),
     _case("bf16", 64, False, True),
-    _case("bf16", 64, True, True, odd=True),
-    _case("fp32", 64, True, True, odd=True),
+    _case("bf16", 64, True, True),
+    _case("fp32", 64, True, True),
 )

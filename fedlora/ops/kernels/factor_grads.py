@@ -11,15 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fedlora.ops.dropout_mask import threshold, upscale
-from fedlora.ops.kernels.aot_case import AotCase, aligned
+from fedlora.ops.kernels.aot_case import AotCase
+from fedlora.ops.kernels.parts import rows as rows_part
 from fedlora.ops.kernels.row_blocks import (
     blocks,
-    keep,
     key_of,
     many,
     narrow,
     rank_tile,
-    row_block,
     rows_of,
     sum_parts,
 )
@@ -50,7 +49,7 @@ def factor_grads_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    group, first, end, start = row_block(table, M, TABLE, CHUNK)
+    group, first, end, start = rows_part.row_block(table, M, TABLE, CHUNK)
     column = tl.program_id(1) * BLOCK_K
     cols = column + tl.arange(0, BLOCK_K)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -72,7 +71,7 @@ def factor_grads_kernel(
             other=0.0,
         )
         if DROPOUT:
-            kept = keep(key, rows - start, column, threshold, BLOCK_M, BLOCK_K)
+            kept = rows_part.keep(key, rows - start, column, threshold, BLOCK_M, BLOCK_K)
             left = tl.where(kept, left, tl.zeros_like(left))
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
@@ -123,7 +122,7 @@ def factor_grads(
     return grads
 
 
-def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -> AotCase:
+def _case(kind: str, rank: int, dropout: bool, table: bool) -> AotCase:
     chunk, block_m, block_k, most, warps, stages = CONFIGS[4 if kind == "fp32" else 2]
     numbers = ("M", "K", "R", "stride_gm", "stride_gr", "stride_x", "threshold")
     signature = {
@@ -132,7 +131,7 @@ def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -
     }
     return AotCase(
         factor_grads_kernel,
-        signature if odd else aligned(signature, one=("stride_gr",), free=("M", "threshold")),
+        signature,
         {
             **{"TABLE": table, "DROPOUT": dropout, "WIDEN": False, "CHUNK": chunk},
             **{"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank_tile(rank, most)},
@@ -144,6 +143,6 @@ def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -
 
 AOT = (
     _case("bf16", 16, True, False),
-    _case("bf16", 64, True, True, odd=True),
-    _case("fp32", 64, True, True, odd=True),
+    _case("bf16", 64, True, True),
+    _case("fp32", 64, True, True),
 )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora.ops.kernels.aot_case import AotCase, aligned
+from fedlora.ops.kernels.aot_case import AotCase
 from fedlora.ops.kernels.row_blocks import narrow, rank_tile, rows_of
 
 # bytes of a number -> (rows, columns at once, most ranks, warps, stages)
@@ -104,7 +104,7 @@ def rmsnorm_shrink(x: Tensor, weight: Tensor, a: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _case(kind: str, rank: int, odd: bool = False) -> AotCase:
+def _case(kind: str, rank: int) -> AotCase:
     block_m, block_k, most, warps, stages = CONFIGS[4 if kind == "fp32" else 2]
     numbers = ("M", "K", "R", "stride_x", "stride_ar", "stride_ak", "stride_out")
     signature = {
@@ -114,7 +114,7 @@ def _case(kind: str, rank: int, odd: bool = False) -> AotCase:
     }
     return AotCase(
         rmsnorm_shrink_kernel,
-        signature if odd else aligned(signature, one=("stride_ak",), free=("M", "eps")),
+        signature,
         {
             "WIDEN": False,
             **{"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank_tile(rank, most)},
@@ -124,4 +124,4 @@ def _case(kind: str, rank: int, odd: bool = False) -> AotCase:
     )
 
 
-AOT = (_case("bf16", 16), _case("bf16", 64, odd=True), _case("fp32", 64, odd=True))
+AOT = (_case("bf16", 16), _case("bf16", 64), _case("fp32", 64))

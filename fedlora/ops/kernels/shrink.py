@@ -8,15 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fedlora.ops.dropout_mask import threshold, upscale
-from fedlora.ops.kernels.aot_case import AotCase, aligned
+from fedlora.ops.kernels.aot_case import AotCase
+from fedlora.ops.kernels.parts import rows as rows_part
 from fedlora.ops.kernels.row_blocks import (
     blocks,
-    keep,
     key_of,
     many,
     narrow,
     rank_tile,
-    row_block,
     rows_of,
 )
 
@@ -47,7 +46,7 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    group, first, end, start = row_block(table, M, TABLE, BLOCK_M)
+    group, first, end, start = rows_part.row_block(table, M, TABLE, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     x += rows.to(tl.int64)[:, None] * stride_x
@@ -67,7 +66,7 @@ def shrink_kernel(
             other=0.0,
         )
         if DROPOUT:
-            kept = keep(key, rows - start, column, threshold, BLOCK_M, BLOCK_K)
+            kept = rows_part.keep(key, rows - start, column, threshold, BLOCK_M, BLOCK_K)
             left = tl.where(kept, left, tl.zeros_like(left))
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
@@ -113,7 +112,7 @@ def shrink(x: Tensor, a: Tensor, sizes: Sequence[int], keys: Tensor | None, rate
     return s
 
 
-def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -> AotCase:
+def _case(kind: str, rank: int, dropout: bool, table: bool) -> AotCase:
     block_m, block_k, most, warps, stages = CONFIGS[4 if kind == "fp32" else 2]
     numbers = ("M", "K", "R", "stride_x", "stride_ag", "stride_ar", "stride_ak", "threshold")
     signature = {
@@ -121,10 +120,9 @@ def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -
         **dict.fromkeys(numbers, "i32"),
         "upscale": "fp32",
     }
-    free = ("M", "threshold", "upscale")
     return AotCase(
         shrink_kernel,
-        signature if odd else aligned(signature, one=("stride_ak",), free=free),
+        signature,
         {
             **{"TABLE": table, "DROPOUT": dropout, "WIDEN": False},
             **{"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": rank_tile(rank, most)},
@@ -137,6 +135,6 @@ def _case(kind: str, rank: int, dropout: bool, table: bool, odd: bool = False) -
 AOT = (
     _case("bf16", 16, True, False),
     _case("bf16", 64, True, True),
-    _case("bf16", 64, True, True, odd=True),
-    _case("fp32", 64, True, True, odd=True),
+    _case("bf16", 64, True, True),
+    _case("fp32", 64, True, True),
 )
