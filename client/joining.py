@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedlora import __version__
 from fedlora.clock import check_clock
 from fedlora.diagnosis import diagnose
-from fedlora.errors import ConfigError, JoinDelayed, JoinRefused
+from fedlora.errors import ClockError, ConfigError, JoinDelayed, JoinRefused
 from fedlora.protos import consortium_pb2 as pb
 from fedlora.protos.consortium_pb2_grpc import ConsortiumStub
 from fedlora.storage import storage_errors
@@ -71,6 +71,8 @@ def join(
         try:
             reply = ConsortiumStub(opened).Join(request, timeout=CALL_S)
         except grpc.RpcError as e:
+            if e.code() is grpc.StatusCode.OUT_OF_RANGE:
+                raise ClockError(e.details()) from e
             if e.code() in REFUSALS:
                 raise JoinRefused(f"server {server} refuses this client: {e.details()}") from e
             found = diagnose(host, port, tls)

@@ -9,8 +9,9 @@ from typing import NoReturn
 import grpc
 
 from fedlora import __version__
+from fedlora.clock import check_clock
 from fedlora.config.load import load_job, parse_job_text
-from fedlora.errors import ConfigError, FedloraError
+from fedlora.errors import ClockError, ConfigError, FedloraError
 from fedlora.protos import consortium_pb2 as pb
 from fedlora.protos.consortium_pb2_grpc import ConsortiumServicer
 from fedlora.server.deployable import check_deployable
@@ -76,6 +77,11 @@ class Consortium(ConsortiumServicer):
                 f"the client calls itself {name!r}, its certificate is for {identity!r}; start "
                 f"it with --name {identity}, or give it the certificate of {name!r}",
             )
+        try:
+            # before its key is known to Flower, which would list it as a node
+            check_clock(request.clock_s, time.time())
+        except ClockError as e:
+            self._abort(context, grpc.StatusCode.OUT_OF_RANGE, str(e))
         if self.register is not None:
             try:
                 self.register(name, request.public_key)

@@ -10,8 +10,6 @@ prints into the page.
 
 from tests.faults.row import Row, of, render
 
-PRIVACY = "with the privacy ledger"
-
 KILLS = of("faults/test_deployed_kills", "kills_at_random_times_change_no_bit", times=5)
 NONSENSE = of("faults/test_malicious", "thirty_percent_that_send_nonsense_change_no_bit", times=12)
 UNRELIABLE = of(
@@ -54,9 +52,17 @@ MATRIX = (
         local=(
             *of("client/test_duty", "a_worker_killed_at_any_write_gives_the_same_bytes", times=30),
             *of("client/test_flower", "a_run_in_flower_messages_with_a_worker_that_is_killed"),
+            *of(
+                "simulation/test_private_runs",
+                "a_client_that_dies_in_training_has_spent_what_it_reserved",
+            ),
+            *of(
+                "privacy/test_ledger_faults",
+                "killed_at_any_point_it_never_says_less_than_was_done",
+                times=100,
+            ),
         ),
         deployed=KILLS,
-        later=f"one charge per attempt: {PRIVACY}",
     ),
     Row(
         "client killed between the update's making and its acknowledgement",
@@ -64,8 +70,11 @@ MATRIX = (
         local=(
             *of("client/test_duty", "an_update_that_was_not_sent_is_sent_without_training"),
             *of("client/test_duty", "a_worker_killed_at_any_write_gives_the_same_bytes", times=30),
+            *of(
+                "simulation/test_private_runs",
+                "an_update_that_was_made_is_sent_again_and_not_made_again",
+            ),
         ),
-        later=f"the budget is unchanged: {PRIVACY}",
     ),
     Row(
         "reply lost, doubled or out of order",
@@ -197,10 +206,11 @@ MATRIX = (
                 "client/test_policy",
                 "what_a_hostile_server_asks_is_refused_by_default",
                 "a_demand_of_privacy_refuses_a_job_without_it",
+                "a_job_may_ask_for_the_limit_and_not_for_one_more",
             ),
             *of("client/test_duty", "refusals_say_what_kind_they_are"),
+            *of("privacy/test_ledger_faults", "no_release_after_the_budget_ever"),
         ),
-        later=f"no noise, a larger epsilon, an unchanged budget: {PRIVACY}",
     ),
     Row(
         "clocks that are off",
@@ -226,8 +236,11 @@ MATRIX = (
             "an_update_that_does_not_fit_is_not_kept",
             "events_that_do_not_fit_are_written_once_there_is_space",
             times=20,
+        )
+        + of(
+            "privacy/test_ledger_faults",
+            "on_a_full_disk_the_ledger_is_never_behind_the_training",
         ),
-        later=f"the ledger is never behind training: {PRIVACY}",
     ),
     Row(
         "a flipped bit in what is kept",
@@ -244,18 +257,41 @@ MATRIX = (
     Row(
         "torn tail of a ledger",
         "what is incomplete counts as spent",
-        later=PRIVACY,
+        local=of(
+            "privacy/test_ledger_faults",
+            "cut_off_at_any_byte_it_is_completed_or_refused",
+            "a_torn_last_line_is_completed_on_disk",
+        ),
     ),
     Row(
         "ledger deleted, swapped or rolled back",
         "refused, or reported",
-        later=PRIVACY,
+        local=(
+            *of(
+                "privacy/test_ledger_faults",
+                "a_missing_file_is_refused",
+                "an_older_head_is_refused",
+                "deleted_while_open_it_is_refused",
+                "any_flipped_bit_is_noticed",
+                "lines_dropped_swapped_repeated_or_forged_are_noticed",
+            ),
+            *of(
+                "simulation/test_private_runs",
+                "a_ledger_that_was_touched_stops_the_run_with_advice",
+            ),
+        ),
     ),
     Row(
         "a client's memory runs out",
         "its round fails with the reason, and the next one is served",
-        local=of("client/test_worker", "a_failure_inside_is_an_answer_and_the_next_call_is_served"),
-        later=f"a batch is split inside its step, noised once: {PRIVACY}",
+        local=(
+            *of("client/test_worker", "a_failure_inside_is_an_answer_and_the_next_call_is_served"),
+            *of("privacy/test_private_step", "memory_that_runs_out_changes_nothing"),
+            *of(
+                "training/test_cohort",
+                "a_cohort_that_does_not_fit_is_halved_within_the_step",
+            ),
+        ),
     ),
     Row(
         "200 clients with large updates",
@@ -280,7 +316,7 @@ MATRIX = (
     Row(
         "a seed for the noise in a private job",
         "refused",
-        later=PRIVACY,
+        local=of("config/test_job", "every_bad_value_is_named_with_its_key"),
     ),
 )
 

@@ -146,8 +146,11 @@ def test_an_expired_certificate_is_refused_before_anything_is_sent(served):
 @pytest.mark.parametrize("skew_s", [600.0, -600.0])
 def test_clocks_ten_minutes_apart_are_named(served, skew_s):
     tls = served.certificate(f"gus{skew_s:+.0f}".replace("+", "p").replace("-", "m"), "client")
+    before = list(served.registered)
     with pytest.raises(ClockError, match=r"clock is (599|600)\..*set both clocks"):
         join(served.address, tls.certificate.stem, tls, b"", lambda: time.time() + skew_s)
+    # and Flower hears nothing of it
+    assert served.registered == before
 
 
 def test_a_server_that_is_not_there_is_waited_for(served):
