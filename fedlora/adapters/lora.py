@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import LayerSpec
 from fedlora.adapters.base import AdapterLayer, Basis, Method
-from fedlora.adapters.leaves import leaf_weight, linear_leaf
+from fedlora.adapters.leaves import is_tapped, leaf_weight, linear_leaf
+from fedlora.ops.lora_linear import lora_linear
 from fedlora.seeds import generator
 
 
@@ -72,6 +74,9 @@ class Lora(Method):
         return resize_slots(tensor, 0 if factor == "A" else 1, new.rank)
 
 
+_LINEAR = (nn.Linear, Conv1D)
+
+
 class LoraLayer(AdapterLayer):
     """y = base(x) + s B A dropout(x)."""
 
@@ -92,10 +97,22 @@ class LoraLayer(AdapterLayer):
         return {"A": leaf_weight(self.A), "B": leaf_weight(self.B)}
 
     def adapted(self, x: Tensor) -> Tensor:
+        if self._plain():
+            return lora_linear(
+                x, self.weight, self.bias, self.A.weight, self.B.weight, self.layer.scale
+            )
         y: Tensor = self.base(x)
         h = self.A(self.dropout(x).to(self.factor_dtype))  # (..., r)
         change: Tensor = self.layer.scale * self.B(h)
         return y + change.to(y.dtype)
+
+    def _plain(self) -> bool:
+        """Nothing happens in this layer but two linears, so that one op can be both."""
+        masked = self.dropout.p > 0.0 and self.training
+        return not masked and all(
+            type(module) in _LINEAR and not is_tapped(module)
+            for module in (self.base, self.A, self.B)
+        )
 
 
 def resize_slots(tensor: Tensor, dim: int, rank: int) -> Tensor:
