@@ -48,6 +48,17 @@ def leaf_weight(leaf: nn.Module) -> nn.Parameter:
     return leaf.weight
 
 
+def is_tapped(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    return bool(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class DiagScale(nn.Module):
     """y = x * v for a trained vector v (f,)."""
 

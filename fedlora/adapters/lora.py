@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import LayerSpec
 from fedlora.adapters.base import AdapterLayer, Basis, Method
-from fedlora.adapters.leaves import leaf_weight, linear_leaf
+from fedlora.adapters.leaves import is_tapped, leaf_weight, linear_leaf
+from fedlora.adapters.stacked_leaves import StackedLinear
+from fedlora.ops.lora_linear import lora_linear
+from fedlora.ops.multi_lora import multi_lora
 from fedlora.seeds import generator
 
 
@@ -72,6 +76,9 @@ class Lora(Method):
         return resize_slots(tensor, 0 if factor == "A" else 1, new.rank)
 
 
+_LINEAR = (nn.Linear, Conv1D, StackedLinear)
+
+
 class LoraLayer(AdapterLayer):
     """y = base(x) + s B A dropout(x)."""
 
@@ -92,10 +99,32 @@ class LoraLayer(AdapterLayer):
         return {"A": leaf_weight(self.A), "B": leaf_weight(self.B)}
 
     def adapted(self, x: Tensor) -> Tensor:
+        if self._plain():
+            a, b, scale = self.A.weight, self.B.weight, self.layer.scale
+            if a.dim() == b.dim() == 2:
+                return lora_linear(x, self.weight, self.bias, a, b, scale)
+            # a factor that does not differ between clients is held once
+            clients = max(a.shape[:-2] + b.shape[:-2])
+            return multi_lora(
+                x.reshape(clients, -1, x.shape[-1]),
+                self.weight,
+                self.bias,
+                a.expand(clients, *a.shape[-2:]),
+                b.expand(clients, *b.shape[-2:]),
+                b.new_full((clients,), scale),
+            ).view(*x.shape[:-1], self.layer.out)
         y: Tensor = self.base(x)
         h = self.A(self.dropout(x).to(self.factor_dtype))  # (..., r)
         change: Tensor = self.layer.scale * self.B(h)
         return y + change.to(y.dtype)
+
+    def _plain(self) -> bool:
+        """Nothing happens in this layer but two linears, so that one op can be both."""
+        masked = self.dropout.p > 0.0 and self.training
+        return not masked and all(
+            type(module) in _LINEAR and not is_tapped(module)
+            for module in (self.base, self.A, self.B)
+        )
 
 
 def resize_slots(tensor: Tensor, dim: int, rank: int) -> Tensor:

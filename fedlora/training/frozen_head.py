@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from fedlora.adapters.leaves import is_tapped
+
 # transformers' classes whose logits are `lm_head(body(...))` and nothing else: no scaling
 # (Cohere, Granite) and no soft-capping (Gemma 2). A class that is missing here loses memory and
 # speed, not exactness.
@@ -44,17 +46,6 @@ def frozen_head(model: nn.Module) -> FrozenHead | None:
         return None
     if any(parameter.requires_grad for parameter in head.parameters()):
         return None
-    if _is_tapped(model) or _is_tapped(head):
+    if is_tapped(model) or is_tapped(head):
         return None
     return FrozenHead(body, head)
-
-
-def _is_tapped(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    return bool(
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

@@ -1,0 +1,1 @@
+"""Kernels beside their peers, and what can be counted without a GPU."""

@@ -1,0 +1,1 @@
+"""Functions of Triton that kernels are made of; no kernels themselves."""
