@@ -1,5 +1,9 @@
 """Wall clocks that are off, by libfaketime (https://github.com/wolfcw/libfaketime)."""
 
+import os
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
@@ -17,3 +21,24 @@ def faked(skew: str) -> dict[str, str]:
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
     }
+
+
+@cache
+def waits_end(skew: str) -> bool:
+    """Whether a process whose clock is off can wait at all, which not every libfaketime allows.
+
+    Python waits on the monotonic clock; with some C libraries a wait that is begun under a
+    shifted one never ends.
+    """
+    program = "import threading, time; threading.Event().wait(0.01); time.sleep(0.01)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **faked(skew)},
+            capture_output=True,
+            timeout=10.0,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0

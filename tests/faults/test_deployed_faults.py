@@ -10,7 +10,7 @@ import pytest
 
 from fedlora.storage import write_atomic
 from tests.deployed.federation import Deployed, call, digests, write_job
-from tests.faults.clocks import FAKETIME, faked
+from tests.faults.clocks import FAKETIME, faked, waits_end
 from tests.faults.nemesis import CLIENTS, tiny_job
 from tests.faults.proxy import Proxy, drawn
 
@@ -153,6 +153,8 @@ def test_transfers_through_a_bad_network_change_no_bit(tmp_path, simulated, seed
 @pytest.mark.parametrize("skew", ["-10s", "+3s"])
 def test_a_clock_that_is_a_little_off_changes_no_bit(tmp_path, simulated, monkeypatch, skew):
     """Deadlines are measured, not told."""
+    if not waits_end(skew):
+        pytest.skip("this libfaketime lets no process wait; use another one")
     with Deployed(tmp_path, {CLIENTS[0]: ["--partition", 0]}) as deployed:
         for name, value in faked(skew).items():
             monkeypatch.setenv(name, value)
