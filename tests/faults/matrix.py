@@ -224,7 +224,7 @@ MATRIX = (
             ),
             *of("faults/test_deployed_strangers", "a_clock_that_is_too_far_off_is_named"),
         ),
-        later="a small skew, where libfaketime lets no process wait; a clock that is set amid a run",
+        later="a small skew where libfaketime lets no process wait; a clock set amid a run",
     ),
     Row(
         "disk full",
