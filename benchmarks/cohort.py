@@ -264,7 +264,7 @@ def _child(fields: Mapping[str, Any], folder: Path) -> None:
 
 
 # hidden width, texts of a step, tokens of a text
-SIZES = ((64, 4, 16), (128, 4, 16), (128, 8, 32), (256, 4, 16), (256, 8, 32), (256, 16, 64))
+SIZES = ((64, 4, 16), (128, 4, 16), (128, 8, 32), (256, 4, 16), (256, 8, 32))
 
 
 def main() -> None:
