@@ -14,108 +14,27 @@ second round on, so that start-up counts for nobody. Writes cohort.json and coho
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks import cohort_flower
+from benchmarks.cohort_job import Case, job_for, prepare
 from benchmarks.overhead import _reset_peak, _rss
-from fedlora.config.job import Job
-from fedlora.models.loaded import Loaded, load
+from fedlora.models.loaded import load
 from fedlora.server.machine import machine
 from fedlora.simulation.federation import Federation
-from fedlora.training.trainer import LocalWork, train
 
 MIB = 2**20
-WORDS = 500
-ROWS = 40  # of each client
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement in a process of its own.
-
-    Attributes:
-        engine: "alone", "cohort", "flower" or "flower, building".
-        batch, tokens: texts of a client's step, and tokens of each.
-    """
-
-    engine: str
-    clients: int = 16
-    layers: int = 4
-    hidden: int = 128
-    batch: int = 4
-    tokens: int = 16
-    steps: int = 10
-    rounds: int = 3
-
-
-def prepare(case: Case, folder: Path) -> None:
-    """A model and rows of random words."""
-    vocabulary = {"<pad>": 0, "<unk>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(WORDS)}}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
-    ).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=case.hidden,
-            intermediate_size=4 * case.hidden,
-            num_hidden_layers=case.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            pad_token_id=0,
-        )
-    ).save_pretrained(folder / "model")
-    draws = torch.Generator().manual_seed(0)
-    count = ROWS * case.clients
-    # the end of a text is a token of its own
-    rows = torch.randint(WORDS, (count, case.tokens - 1), generator=draws).tolist()
-    lines = ["text", *(" ".join(f"w{i}" for i in row) for row in rows)]
-    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
-
-
-def job_for(case: Case, folder: Path) -> Job:
-    """The job of a case."""
-    return Job.model_validate(
-        {
-            "model": {"name": str(folder / "model"), "task": "causal-lm"},
-            "data": {
-                "source": str(folder / "rows.csv"),
-                "max_length": case.tokens,
-                "packed": False,
-                "max_validation": 1,
-            },
-            "partition": {"kind": "iid", "clients": case.clients},
-            "adapter": {"rank": 8},
-            "training": {
-                "local_steps": case.steps,
-                "batch_size": case.batch,
-                "learning_rate": 1e-3,
-            },
-            "federation": {"rounds": case.rounds},
-            # scores are no part of training
-            "evaluation": {"every": case.rounds},
-            "run": {"cohort": "auto" if case.engine == "cohort" else "off"},
-        }
-    )
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
@@ -128,7 +47,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     """
     prepare(case, folder)
     if case.engine.startswith("flower"):
-        return {"round_s": _flower(case, folder)}
+        return {"round_s": cohort_flower.rounds(case, folder)}
     job = job_for(case, folder)
     rounds: list[dict[str, Any]] = []
 
@@ -151,88 +70,6 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)
-def _held(folder: Path, text: str) -> tuple[Job, Loaded]:
-    """Model and data of a worker process of Flower's."""
-    job = Job.model_validate_json(text)
-    return job, load(job)
-
-
-def _flower(case: Case, folder: Path) -> list[float]:
-    from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
-    from flwr.app import RecordDict as Records
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid, ServerApp
-    from flwr.serverapp.strategy import FedAvg
-    from flwr.simulation import run_simulation
-
-    client_app, server_app = ClientApp(), ServerApp()
-    stamps: list[float] = []
-    job = job_for(case, folder)
-    text, cores = job.model_dump_json(), os.cpu_count() or 1
-    initial = {name: value.numpy() for name, value in load(job).initial.tensors.items()}
-    building = case.engine == "flower, building"
-
-    @client_app.train()
-    def fit(message: Message, context: Context) -> Message:
-        torch.set_num_threads(1)
-        if building:
-            _held.cache_clear()
-        job, loaded = _held(folder, text)
-        name = sorted(loaded.data.clients)[int(context.node_config["partition-id"])]
-        arrays = message.content["arrays"]
-        loaded.adapted.load({key: torch.tensor(a.numpy()) for key, a in arrays.items()})
-        examples = loaded.data.clients[name].train
-        steps = job.training.local_steps
-        result = train(
-            loaded.adapted,
-            examples,
-            LocalWork(("A", "B"), steps, 0, steps, seed=0, client=name, round=1),
-            job.training,
-            task=job.model.task,
-            pad_id=loaded.processor.pad_id,
-        )
-        content = Records(
-            {
-                "arrays": ArrayRecord({k: Array(v.numpy()) for k, v in result.trained.items()}),
-                "metrics": MetricRecord({"num-examples": len(examples)}),
-            }
-        )
-        return Message(content=content, reply_to=message)
-
-    def stamp(number: int, arrays: ArrayRecord) -> None:
-        stamps.append(time.perf_counter())
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        FedAvg(
-            fraction_train=1.0,
-            fraction_evaluate=0.0,
-            min_train_nodes=case.clients,
-            min_available_nodes=case.clients,
-        ).start(
-            grid=grid,
-            initial_arrays=ArrayRecord({name: Array(a) for name, a in initial.items()}),
-            num_rounds=case.rounds,
-            train_config=ConfigRecord({}),
-            evaluate_fn=stamp,
-        )
-
-    run_simulation(
-        server_app,
-        client_app,
-        num_supernodes=case.clients,
-        backend_name="ray",
-        backend_config={
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": cores, "include_dashboard": False},
-        },
-    )
-    if len(stamps) != case.rounds + 1:
-        raise AssertionError(f"Flower finished {len(stamps) - 1} of {case.rounds} rounds")
-    return [b - a for a, b in itertools.pairwise(stamps)][1:]
-
-
 def run_case(case: Case) -> dict[str, Any]:
     """Runs `case` in a fresh process and returns what it measured.
 
@@ -247,6 +84,7 @@ def run_case(case: Case) -> dict[str, Any]:
             "FLWR_HOME": str(Path(folder) / "flwr"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
         }
         command = [sys.executable, "-m", "benchmarks.cohort"]
         command += ["--case", json.dumps(asdict(case)), "--out", folder]

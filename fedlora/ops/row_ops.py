@@ -39,6 +39,8 @@ def shrink(
     x: Tensor, a: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float, way: str
 ) -> Tensor:
     """See `row_groups.shrink`."""
+    if _direct(keys, way):
+        return row_groups.shrink(x, a, sizes, None, rate, way)
     made: Tensor = torch.ops.fedlora.row_shrink(x, a, sizes, keys, rate, way)
     return made
 
@@ -53,15 +55,25 @@ def expand_(
     way: str,
 ) -> None:
     """See `row_groups.expand_`."""
-    torch.ops.fedlora.row_expand_(y, s, b, sizes, keys, rate, way)
+    if _direct(keys, way):
+        row_groups.expand_(y, s, b, sizes, None, rate, way)
+    else:
+        torch.ops.fedlora.row_expand_(y, s, b, sizes, keys, rate, way)
 
 
 def factor_grads(
     g: Tensor, x: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float, way: str
 ) -> Tensor:
     """See `row_groups.factor_grads`."""
+    if _direct(keys, way):
+        return row_groups.factor_grads(g, x, sizes, None, rate, way)
     made: Tensor = torch.ops.fedlora.row_factor_grads(g, x, sizes, keys, rate, way)
     return made
+
+
+def _direct(keys: Tensor | None, way: str) -> bool:
+    """Whether nothing but products of torch is meant, which need no op around them."""
+    return keys is None and way != TRITON
 
 
 def _shrink(
