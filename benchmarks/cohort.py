@@ -6,7 +6,7 @@ Every client of a job takes the same steps on a model with random weights. `alon
 engine, `cohort` the same with run.cohort = "auto". `flower` is Flower's simulation on Ray with a
 ClientApp that trains by the same function, once with the model kept in its worker processes and
 once (`flower, building`) with the model loaded in the train handler, as its examples do; both
-with one worker per core and FedAvg.
+with FedAvg and one worker per core. In that comparison our engines have a thread per core.
 
 Every measurement is a fresh process, and engines take turns. A round's seconds count from the
 second round on, so that start-up counts for nobody. Writes cohort.json and cohort.md into --out.
@@ -83,7 +83,7 @@ def run_case(case: Case) -> dict[str, Any]:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_HOME": str(Path(folder) / "flwr"),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(case.threads),
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
         command = [sys.executable, "-m", "benchmarks.cohort"]
@@ -97,12 +97,12 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def _child(fields: Mapping[str, Any], folder: Path) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(fields["threads"])
     (folder / "result.json").write_text(json.dumps(measure(Case(**fields), folder)))
 
 
 # hidden width, texts of a step, tokens of a text
-SIZES = ((64, 4, 16), (128, 4, 16), (128, 8, 32), (256, 4, 16), (256, 8, 32))
+SIZES = ((64, 4, 16), (128, 4, 16), (128, 8, 32), (256, 8, 32))
 
 
 def main() -> None:
@@ -116,11 +116,16 @@ def main() -> None:
     if given.case:
         _child(json.loads(given.case), given.out)
         return
-    found: dict[str, Any] = {"machine": machine(1), "engines": {}, "sizes": [], "memory": []}
+    found: dict[str, Any] = {
+        "machine": machine(os.cpu_count() or 1),
+        "engines": {},
+        "sizes": [],
+        "memory": [],
+    }
     engines = ["alone", "cohort", *(["flower", "flower, building"] if given.flower else [])]
     for _ in range(given.repeat):
         for engine in engines:
-            case = Case(engine, rounds=3)
+            case = Case(engine, threads=os.cpu_count() or 1)
             seconds = statistics.median(run_case(case)["round_s"])
             found["engines"].setdefault(engine, []).append(seconds)
             print(f"{engine}: {seconds:.2f} s a round", flush=True)

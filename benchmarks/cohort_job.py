@@ -20,6 +20,7 @@ class Case:
     Attributes:
         engine: "alone", "cohort", "flower" or "flower, building".
         batch, tokens: texts of a client's step, and tokens of each.
+        threads: of our own engines; each of Flower's workers has one.
     """
 
     engine: str
@@ -30,6 +31,7 @@ class Case:
     tokens: int = 16
     steps: int = 10
     rounds: int = 3
+    threads: int = 1
 
 
 def prepare(case: Case, folder: Path) -> None:
@@ -82,6 +84,9 @@ def job_for(case: Case, folder: Path) -> Job:
             "federation": {"rounds": case.rounds},
             # scores are no part of training
             "evaluation": {"every": case.rounds},
-            "run": {"cohort": "auto" if case.engine == "cohort" else "off"},
+            "run": {
+                "cohort": "auto" if case.engine == "cohort" else "off",
+                "threads": case.threads,
+            },
         }
     )
