@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +43,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
     Returns:
         round_s: seconds of each round's training, without the first one's.
+        load_s: seconds to load model and data.
         width: clients that were trained together.
         grown: resident bytes at most, above those before round 1.
     """
@@ -55,7 +57,10 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         if event["event"] == "round":
             rounds.append(event)
 
-    federation = Federation(job, load(job), emit=keep)
+    started = time.perf_counter()
+    loaded = load(job)
+    load_s = time.perf_counter() - started
+    federation = Federation(job, loaded, emit=keep)
     store = federation.start(folder / "run")
     gc.collect()
     before = _rss("VmRSS")
@@ -64,6 +69,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     store.close()
     return {
         "round_s": [event["seconds"]["clients"] for event in rounds[1:]],
+        "load_s": load_s,
         "width": federation.width.clients,
         "grown": _rss("VmHWM") - before,
         "adapter_bytes": rounds[-1]["bytes_up"] // case.clients,

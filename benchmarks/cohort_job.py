@@ -21,6 +21,7 @@ class Case:
         engine: "alone", "cohort", "flower" or "flower, building".
         batch, tokens: texts of a client's step, and tokens of each.
         threads: of our own engines; each of Flower's workers has one.
+        device, dtype: of our own engines' model.
     """
 
     engine: str
@@ -32,6 +33,8 @@ class Case:
     steps: int = 10
     rounds: int = 3
     threads: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 def prepare(case: Case, folder: Path) -> None:
@@ -49,9 +52,9 @@ def prepare(case: Case, folder: Path) -> None:
             hidden_size=case.hidden,
             intermediate_size=4 * case.hidden,
             num_hidden_layers=case.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
+            num_attention_heads=max(4, case.hidden // 64),
+            num_key_value_heads=max(4, case.hidden // 256),
+            max_position_embeddings=max(512, case.tokens),
             pad_token_id=0,
         )
     ).save_pretrained(folder / "model")
@@ -67,7 +70,7 @@ def job_for(case: Case, folder: Path) -> Job:
     """The job of a case."""
     return Job.model_validate(
         {
-            "model": {"name": str(folder / "model"), "task": "causal-lm"},
+            "model": {"name": str(folder / "model"), "task": "causal-lm", "dtype": case.dtype},
             "data": {
                 "source": str(folder / "rows.csv"),
                 "max_length": case.tokens,
@@ -87,6 +90,7 @@ def job_for(case: Case, folder: Path) -> Job:
             "run": {
                 "cohort": "auto" if case.engine == "cohort" else "off",
                 "threads": case.threads,
+                "device": case.device,
             },
         }
     )
