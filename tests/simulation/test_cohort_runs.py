@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from fedlora.models.loaded import load as load_all
 from fedlora.simulation import cohort_rule
 from fedlora.simulation.cohort import CohortLink
 from fedlora.simulation.local import LocalLink
@@ -136,6 +137,17 @@ def test_large_clients_are_trained_by_themselves(both, monkeypatch):
     _, cohort = both()
     cohort.go(1)
     assert "faster by itself" in start_of(cohort)["why"]
+
+
+def test_on_a_gpu_a_pass_ends_at_a_size_of_its_own(make_job, monkeypatch):
+    job = make_job(run={"cohort": "auto"})
+    loaded = load_all(job)
+    monkeypatch.setattr(cohort_rule, "MOST_WORK", 1.0)
+    assert cohort_rule.cohort_width(job, loaded).clients == 1
+    on_gpu = job.model_copy(update={"run": job.run.model_copy(update={"device": "cuda:0"})})
+    assert cohort_rule.cohort_width(on_gpu, loaded).clients > 1
+    monkeypatch.setattr(cohort_rule, "FULL_GPU_PASS", 1.0)
+    assert cohort_rule.cohort_width(on_gpu, loaded).clients == 1
 
 
 def test_a_run_with_the_ops_turned_off_is_the_same(both, monkeypatch):
