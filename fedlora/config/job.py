@@ -134,6 +134,9 @@ class TrainingSection(Section):
     """Optimiser steps per client and round."""
     batch_size: Positive = 8
     """Examples per micro-batch."""
+    length_bucketed: bool = False
+    """Put texts of like length into a batch, which saves padding; every epoch still has every
+    text once. A client's last few texts fill the batch that two epochs share."""
     accumulation: Positive = 1
     """Micro-batches per optimiser step; the loss is weighted by tokens over all of them."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

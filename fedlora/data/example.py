@@ -56,8 +56,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(moved, self.target.to(device))
+        moved = {name: _moved(tensor, device) for name, tensor in self.inputs.items()}
+        return Batch(moved, _moved(self.target, device))
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On a GPU by way of pinned memory, so that the processor does not wait for the copy."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -8,9 +8,16 @@ from torch.utils.data import DataLoader
 
 from fedlora.data.example import Batch, Example, collate
 
+# batches whose examples are sorted among one another by length_bucketed
+WINDOW = 32
+
 
 def batch_order(
-    num_examples: int, batch_size: int, num_batches: int, generator: torch.Generator
+    num_examples: int,
+    batch_size: int,
+    num_batches: int,
+    generator: torch.Generator,
+    lengths: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Example numbers of each batch: sampling without replacement, permutation after permutation.
 
@@ -23,6 +30,9 @@ def batch_order(
         batch_size: at least 1.
         num_batches: 0 or more.
         generator: a CPU generator; it is advanced.
+        lengths: of every example; batches are then made of examples of like length, which
+            need less padding. Every permutation still has every example once, and a batch that
+            two of them share is not sorted.
     """
     assert num_examples >= 1, "a client without examples cannot train"
     assert batch_size >= 1, f"batch_size is {batch_size}, expected at least 1"
@@ -31,10 +41,37 @@ def batch_order(
     batches: list[list[int]] = []
     for _ in range(num_batches):
         while len(waiting) < size:
-            waiting += torch.randperm(num_examples, generator=generator).tolist()
+            drawn = torch.randperm(num_examples, generator=generator).tolist()
+            if lengths is not None:
+                shared = min(len(drawn), -len(waiting) % size)
+                rest = _bucketed(drawn[shared:], lengths, size, generator)
+                drawn = drawn[:shared] + rest
+            waiting += drawn
         batches.append(waiting[:size])
         waiting = waiting[size:]
     return batches
+
+
+def _bucketed(
+    drawn: list[int], lengths: Sequence[int], size: int, generator: torch.Generator
+) -> list[int]:
+    """The same numbers: batches of like lengths in random order, then what fills no batch."""
+    batches: list[list[int]] = []
+    left: list[int] = []
+    for start in range(0, len(drawn), WINDOW * size):
+        window = sorted(drawn[start : start + WINDOW * size], key=lengths.__getitem__)
+        whole = len(window) - len(window) % size
+        batches += [window[i : i + size] for i in range(0, whole, size)]
+        left += window[whole:]
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [number for place in order for number in batches[place]] + left
+
+
+def example_lengths(examples: Sequence[Example]) -> list[int] | None:
+    """Tokens of every example; None for pictures, which are all alike."""
+    if "input_ids" not in examples[0].inputs:
+        return None
+    return [len(example.inputs["input_ids"]) for example in examples]
 
 
 def loader(

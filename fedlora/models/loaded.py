@@ -66,6 +66,7 @@ def load_for_client(job: Job, read: ReadData) -> Loaded:
         ConfigError, DataError, ModelError, AdapterError: see `load`.
     """
     _check_device(job.run.device)
+    _check_bf16(job)
     torch.set_num_threads(job.run.threads)
     processor = load_processor(job.model)
     data = read(
@@ -113,6 +114,19 @@ def _check_device(device: str) -> None:
             f"run.device = {device!r} cannot be used here: {reason}; choose cpu, or a cuda device "
             "that torch finds"
         ) from e
+
+
+def _check_bf16(job: Job) -> None:
+    asked = {
+        'training.precision = "bf16"': job.training.precision == "bf16",
+        'model.dtype = "bfloat16"': job.model.dtype == "bfloat16",
+    }
+    on_gpu = torch.device(job.run.device).type == "cuda"
+    if on_gpu and any(asked.values()) and not torch.cuda.is_bf16_supported(False):
+        raise ConfigError(
+            f"{' and '.join(name for name, is_asked in asked.items() if is_asked)}: the GPU "
+            f"{job.run.device!r} has no bfloat16; choose float32, or another device"
+        )
 
 
 def _check_length(job: Job, base: BaseModel) -> None:

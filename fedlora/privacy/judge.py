@@ -148,6 +148,17 @@ def _dropout(job: Job) -> Judgement | None:
     )
 
 
+def _bucketed(job: Job) -> Judgement | None:
+    if not job.training.length_bucketed:
+        return None
+    return Judgement(
+        "training.length_bucketed = true",
+        "refused",
+        "every example must enter a batch by chance alone, whatever its length; set "
+        "training.length_bucketed = false",
+    )
+
+
 def _noise(job: Job) -> Judgement | None:
     assert job.privacy is not None
     if job.privacy.noise != "test":
@@ -178,6 +189,7 @@ RULES: tuple[Callable[[Job], Judgement | None], ...] = (
     _start,
     _optimizer,
     _dropout,
+    _bucketed,
     _noise,
     _hostile,
     _evaluation,

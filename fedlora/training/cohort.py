@@ -17,7 +17,7 @@ from fedlora.adapters.inject import AdaptedModel
 from fedlora.adapters.stacked import StackedModel
 from fedlora.config.job import TrainingSection
 from fedlora.data.example import IGNORE, Batch
-from fedlora.data.order import batch_order, loader
+from fedlora.data.order import batch_order, example_lengths, loader
 from fedlora.errors import TrainingError
 from fedlora.seeds import generator
 from fedlora.training.loss import token_losses
@@ -116,6 +116,7 @@ class Cohort:
             self.settings.batch_size,
             work.steps * self.settings.accumulation,
             generator(work.seed, work.stream, work.client, work.round),
+            example_lengths(training.examples) if self.settings.length_bucketed else None,
         )
         return loader(training.examples, order, self.pad_id, self.settings.num_workers)
 

@@ -10,7 +10,7 @@ from fedlora.adapter import AdapterState, Tensors
 from fedlora.adapters.inject import AdaptedModel
 from fedlora.config.job import TrainingSection
 from fedlora.data.example import Example
-from fedlora.data.order import batch_order, loader
+from fedlora.data.order import batch_order, example_lengths, loader
 from fedlora.errors import TrainingError
 from fedlora.seeds import derive_seed, generator
 from fedlora.training.loss import loss_sum
@@ -137,6 +137,7 @@ def train(
         settings.batch_size,
         work.steps * settings.accumulation,
         generator(work.seed, work.stream, work.client, work.round),
+        example_lengths(examples) if settings.length_bucketed else None,
     )
     batches = loader(examples, order, pad_id, settings.num_workers)
     loss, count, rate_sum = 0.0, 0, 0.0

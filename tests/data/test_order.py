@@ -26,6 +26,42 @@ def test_order_is_permutation_after_permutation(num_examples, batch_size, num_ba
     assert longer[:num_batches] == order
 
 
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    st.integers(1, 7),
+    st.integers(0, 30),
+    st.integers(0, 2**40),
+)
+def test_batches_of_like_lengths_have_every_example_once_an_epoch(lengths, size, batches, seed):
+    count = len(lengths)
+    order = batch_order(count, size, batches, generator(seed), lengths)
+    assert [len(batch) for batch in order] == [min(size, count)] * batches
+    drawn = [number for batch in order for number in batch]
+    for start in range(0, len(drawn), count):
+        permutation = drawn[start : start + count]
+        assert len(set(permutation)) == len(permutation)
+    assert order == batch_order(count, size, batches, generator(seed), lengths)
+    assert order == batch_order(count, size, batches + 3, generator(seed), lengths)[:batches]
+
+
+def test_batches_of_like_lengths_need_less_padding():
+    lengths = torch.randint(1, 200, (640,), generator=generator(1)).tolist()
+
+    def padding(order):
+        return sum(
+            max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch)
+            for batch in order
+        )
+
+    plain = batch_order(640, 8, 80, generator(0))
+    bucketed = batch_order(640, 8, 80, generator(0), lengths)
+    assert padding(bucketed) < 0.1 * padding(plain)
+    # and the lengths of batches come in no order
+    longest = [max(lengths[i] for i in batch) for batch in bucketed]
+    assert longest != sorted(longest)
+
+
 def test_another_seed_is_another_order():
     assert batch_order(20, 5, 4, generator(0)) != batch_order(20, 5, 4, generator(1))
 

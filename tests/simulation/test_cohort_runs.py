@@ -35,6 +35,7 @@ CASES = {
     },
     "coded updates": {"compression": {"up": "int8"}},
     "dropout": {"adapter": {"dropout": 0.3}},
+    "like lengths": {"training": {"length_bucketed": True}},
     "DoRA": {"adapter": {"method": "dora"}},
 }
 
