@@ -63,6 +63,8 @@ def _impossible(job: Job) -> str:
         return "clients that train with record-level privacy are trained one by one"
     if job.federation.secure_aggregation:
         return "clients that take part in secure aggregation are trained one by one"
+    if job.training.compile:
+        return "compiled layers are those of one client"
     if job.federation.mode == "async":
         return "asynchronous clients are trained when they are due"
     return ""

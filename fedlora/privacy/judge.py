@@ -159,6 +159,17 @@ def _bucketed(job: Job) -> Judgement | None:
     )
 
 
+def _compiled(job: Job) -> Judgement | None:
+    if not job.training.compile:
+        return None
+    return Judgement(
+        "training.compile = true",
+        "refused",
+        "gradients of single examples are not seen in compiled layers; set "
+        "training.compile = false",
+    )
+
+
 def _noise(job: Job) -> Judgement | None:
     assert job.privacy is not None
     if job.privacy.noise != "test":
@@ -190,6 +201,7 @@ RULES: tuple[Callable[[Job], Judgement | None], ...] = (
     _optimizer,
     _dropout,
     _bucketed,
+    _compiled,
     _noise,
     _hostile,
     _evaluation,

@@ -13,6 +13,7 @@ from fedlora.data.example import Example
 from fedlora.data.order import batch_order, example_lengths, loader
 from fedlora.errors import TrainingError
 from fedlora.seeds import derive_seed, generator
+from fedlora.training.compiled import compiled_layers
 from fedlora.training.loss import loss_sum
 from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import (
@@ -141,7 +142,10 @@ def train(
     )
     batches = loader(examples, order, pad_id, settings.num_workers)
     loss, count, rate_sum = 0.0, 0, 0.0
-    with training_mode(adapted, checkpointing=settings.gradient_checkpointing):
+    with (
+        training_mode(adapted, checkpointing=settings.gradient_checkpointing),
+        compiled_layers(adapted, on=settings.compile),
+    ):
         for step in range(work.steps):
             if work.progress is not None:
                 work.progress(step, work.steps)

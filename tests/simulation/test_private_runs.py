@@ -227,6 +227,7 @@ def test_two_clients_with_the_same_data_are_refused(make_job, tmp_path):
             },
             "Opacus' hooks do not see",
         ),
+        ({"training": {"compile": True}}, "set training.compile = false"),
         ({"training": {"length_bucketed": True}}, "set training.length_bucketed = false"),
     ],
 )
