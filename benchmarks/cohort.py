@@ -176,6 +176,15 @@ def page(found: Mapping[str, Any]) -> str:
             f"| {engine} | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
             f"{middle / cohort:.2f} |"
         )
+    ratios = {
+        engine: statistics.median(seconds) / cohort for engine, seconds in found["engines"].items()
+    }
+    demands = {"alone": 2.0, "flower": 3.0, "flower, building": 10.0}
+    out += [""]
+    for engine, demand in demands.items():
+        if engine in ratios:
+            word = "met" if ratios[engine] >= demand else "**missed**"
+            out.append(f"- {engine}: at least {demand:g} times the cohort's is {word}")
     out += ["", 'run.cohort = "auto" against "off", by size (how many are trained together):', ""]
     out += [
         "| hidden | texts x tokens | together | times as fast |",
@@ -187,7 +196,14 @@ def page(found: Mapping[str, Any]) -> str:
             f"| {row['hidden']} | {row['batch']} x {row['tokens']} | {row['width']} | "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
         )
-    out += ["", "Memory of the process above what it held before round 1:", ""]
+    out += [
+        "",
+        "With 1 together both are the same code, and the ratio is the machine's noise.",
+        "",
+        "Memory of the process above what it held before round 1. Adapters with gradients and two "
+        "moments are four times the last column; the rest is activations of one pass:",
+        "",
+    ]
     out += ["| clients | MiB | adapters, MiB |", "| ---: | ---: | ---: |"]
     for row in found["memory"]:
         own = row["clients"] * row["adapter_bytes"] / MIB
