@@ -132,11 +132,11 @@ class Cohort:
             for client in clients:
                 client.key = client.training.work.dropout_key(step, index)
 
-            def work(rows: slice, batches: Sequence[Batch] = batches) -> _Sums:
+            def share(rows: slice, batches: Sequence[Batch] = batches) -> _Sums:
                 # where memory runs out, nothing is added to the gradients yet
                 return self._pass(stacked, clients[rows], batches[rows], rows)
 
-            for rows, (sums, seen) in self._shares.each(active, work):
+            for rows, (sums, seen) in self._shares.each(active, share):
                 for place, row in enumerate(range(rows.start, rows.stop)):
                     clients[row].loss += sums[place]
                     counts[row] += seen[place]
