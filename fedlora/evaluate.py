@@ -1,14 +1,50 @@
 """Loss, perplexity, bits per byte, accuracy and exact match of a model on examples."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedlora.data.example import Example, collate
+from fedlora.data.example import Batch, Example, collate
 from fedlora.training.loss import loss_sum, token_losses
+
+
+@dataclass
+class Tally:
+    """What is summed over the counted tokens, or examples of a classification task.
+
+    Attributes:
+        total: negative log-likelihoods in nats.
+        count: how many are counted.
+        correct: how many of them the model gets right.
+    """
+
+    total: float = 0.0
+    count: int = 0
+    correct: int = 0
+
+    def add(self, total: float, count: int, correct: int) -> None:
+        """Counts further ones."""
+        self.total += total
+        self.count += count
+        self.correct += correct
+
+    def figures(self, examples: Sequence[Example], task: str) -> dict[str, float]:
+        """See `evaluate`; `examples` are those that were counted."""
+        if not self.count:
+            return {}
+        loss = self.total / self.count
+        scores = {"loss": loss, "accuracy": self.correct / self.count}
+        num_bytes = sum(example.num_bytes for example in examples)
+        if task == "causal-lm":
+            scores["perplexity"] = math.exp(min(loss, 700.0))
+            if num_bytes:
+                scores["bits_per_byte"] = self.total / math.log(2.0) / num_bytes
+        return scores
 
 
 def evaluate(
@@ -20,31 +56,32 @@ def evaluate(
         loss (nats per token or example), accuracy (0 to 1) and, for causal-lm, perplexity
         and bits_per_byte of the counted text. Empty where nothing counts.
     """
-    if not examples:
-        return {}
     device = next(model.parameters()).device
-    # by length, so that a batch has little padding; sums do not depend on the order
+    found = Tally()
+    with evaluating(model):
+        for batch in batches(examples, pad_id, batch_size):
+            part = loss_sum(model, batch.to(device), task)
+            found.add(float(part.total), part.count, part.correct)
+    return found.figures(examples, task)
+
+
+def batches(examples: Sequence[Example], pad_id: int, batch_size: int) -> Iterator[Batch]:
+    """The examples by length, so that a batch has little padding; sums need no order."""
     ordered = sorted(examples, key=lambda example: example.target.numel())
-    total, count, correct = 0.0, 0, 0
+    for start in range(0, len(ordered), batch_size):
+        yield collate(ordered[start : start + batch_size], pad_id)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and makes no gradients; afterwards as it was."""
     training = model.training
     model.eval()
-    with torch.no_grad():
-        for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size], pad_id).to(device)
-            part = loss_sum(model, batch, task)
-            total += float(part.total)
-            count += part.count
-            correct += part.correct
-    model.train(training)
-    if not count:
-        return {}
-    scores = {"loss": total / count, "accuracy": correct / count}
-    num_bytes = sum(example.num_bytes for example in examples)
-    if task == "causal-lm":
-        scores["perplexity"] = math.exp(min(total / count, 700.0))
-        if num_bytes:
-            scores["bits_per_byte"] = total / math.log(2.0) / num_bytes
-    return scores
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def example_figures(
@@ -53,15 +90,12 @@ def example_figures(
     """Each example's mean loss in nats and the part of it that the model gets right, both (n,)."""
     device = next(model.parameters()).device
     losses, right = [], []
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         for start in range(0, len(examples), batch_size):
             batch = collate(examples[start : start + batch_size], pad_id).to(device)
             found = token_losses(model, batch, task)
             losses.append(found.means())
             right.append(found.right.double().sum(1) / found.counted.sum(1).clamp_min(1))
-    model.train(training)
     return torch.cat(losses).cpu(), torch.cat(right).cpu()
 
 
@@ -87,11 +121,9 @@ def exact_match(
     device = next(model.parameters()).device
     asked = [example for example in examples if example.answer is not None]
     hits = 0
-    training = model.training
-    model.eval()
-    for example in asked:
-        prompt = example.prompt_ids[None].to(device)  # (1, T)
-        with torch.no_grad():
+    with evaluating(model):
+        for example in asked:
+            prompt = example.prompt_ids[None].to(device)  # (1, T)
             output = model.generate(  # type: ignore[operator]
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -99,7 +131,6 @@ def exact_match(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad_id,
             )
-        text = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
-        hits += text.strip() == (example.answer or "").strip()
-    model.train(training)
+            text = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+            hits += text.strip() == (example.answer or "").strip()
     return hits / len(asked) if asked else None

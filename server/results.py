@@ -61,6 +61,7 @@ def close(folder: Path, number: int, summary: Mapping[str, Any], seconds: float)
         "round": number,
         "eval": summary["global"],
         "baselines": {name: found.get("mean", found.get("final")) for name, found in baselines},
+        "side_by_side": summary.get("side_by_side", {}),
         "seconds": {"finish": round(seconds, 3)},
     }
     write_report(folder)

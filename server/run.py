@@ -243,8 +243,7 @@ class Run:
             )
             if matched is not None:
                 found["exact_match"] = matched
-        # of a diverged model, figures that JSON cannot carry are left out
-        return {key: value for key, value in found.items() if math.isfinite(value)}
+        return finite(found)
 
     def base_scores(self) -> Scores:
         """Figures of the base model alone on the server's test data."""
@@ -305,6 +304,11 @@ class Run:
             ),
             load_version,
         )
+
+
+def finite(scores: Mapping[str, float]) -> Scores:
+    """Without the figures of a diverged model that JSON cannot carry."""
+    return {key: value for key, value in scores.items() if math.isfinite(value)}
 
 
 def metrics_log(store: RunStore) -> MetricsLog:

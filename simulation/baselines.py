@@ -6,20 +6,30 @@ somebody who trains without a federation would.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedlora.adapter import AdapterState
 from fedlora.checkpoint import RunStore
 from fedlora.config.job import Job, ScenarioSection
 from fedlora.data.federated import ClientData
 from fedlora.data.unusable import Unusable
 from fedlora.models.loaded import Loaded
+from fedlora.report.run_folder import read_object
 from fedlora.server.journal import Event
 from fedlora.server.metrics import MetricsLog
-from fedlora.server.run import Emit
+from fedlora.server.rounds import resume_state
+from fedlora.server.run import Emit, Run, Scores
+from fedlora.server.soundness import global_adapter
 from fedlora.simulation.federation import Federation
+from fedlora.simulation.scoring import Judged, mean_scores, score_each
+from fedlora.storage import write_atomic
+from fedlora.strategies.plugin import begin
+from fedlora.wire import encode_json
 
-Scores = Mapping[str, float]
+SCORES = "scores.json"
 
 
 def run_local(job: Job, loaded: Loaded, folder: Path, emit: Emit | None = None) -> dict[str, Any]:
@@ -32,22 +42,51 @@ def run_local(job: Job, loaded: Loaded, folder: Path, emit: Emit | None = None) 
         emit: receives the events of these runs.
 
     Returns:
-        "mean" and "clients" (name -> scores on the global test data), "steps_per_client".
+        "mean" and "clients" (name -> scores on the global test data), "own" (name -> scores on
+        the client's validation data), "steps_per_client".
     """
     chosen = job.federation.clients_per_round or len(loaded.data.clients)
     # as many steps as a client does on average when not all are chosen every round
     steps = max(1, round(job.training.local_steps * chosen / len(loaded.data.clients)))
     single = _single(job, steps, every=job.federation.rounds)
-    clients = {
-        name: _last_scores(_run(single, loaded, {name: data}, folder / name, emit))
-        for name, data in loaded.data.clients.items()
-    }
-    keys = set.intersection(*(set(scores) for scores in clients.values()))
+    # their adapters are scored side by side in the end
+    untested = replace(loaded, data=replace(loaded.data, test=[]))
+    for name, data in loaded.data.clients.items():
+        _run(single, untested, {name: data}, folder / name, emit)
+    found = _scores(job, single, loaded, folder)
+    clients = {name: scores["test"] for name, scores in found.items()}
     return {
-        "mean": {key: sum(s[key] for s in clients.values()) / len(clients) for key in sorted(keys)},
-        "clients": {name: dict(scores) for name, scores in clients.items()},
+        "mean": mean_scores(list(clients.values())),
+        "clients": clients,
+        "own": {name: scores["own"] for name, scores in found.items()},
         "steps_per_client": job.federation.rounds * steps,
     }
+
+
+def _scores(job: Job, single: Job, loaded: Loaded, folder: Path) -> dict[str, dict[str, Scores]]:
+    """Scores of every client's last adapter, kept beside it: client -> "test" and "own"."""
+    data = loaded.data.clients
+    run = Run(job, loaded)
+    missing = [name for name in data if not (folder / name / SCORES).is_file()]
+    last = {name: partial(_last_adapter, single, loaded, folder / name) for name in missing}
+    test = score_each(run, [Judged(last[name], loaded.data.test) for name in missing])
+    own = score_each(run, [Judged(last[name], data[name].validation) for name in missing])
+    for name, on_test, on_own in zip(missing, test, own, strict=True):
+        found = {"test": on_test, "own": on_own}
+        write_atomic(folder / name / SCORES, encode_json(found))
+    return {name: read_object(folder / name / SCORES) for name in data}
+
+
+def _last_adapter(job: Job, loaded: Loaded, folder: Path) -> AdapterState:
+    run = Run(job, loaded)
+    store = RunStore.open(folder, job.digest())
+    try:
+        committed = store.load()
+    finally:
+        store.close()
+    return global_adapter(
+        run.strategy, resume_state(committed, begin(run.strategy, loaded.initial))
+    )
 
 
 def run_centralised(

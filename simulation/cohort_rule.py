@@ -1,4 +1,4 @@
-"""Which clients of a simulation are trained together: a rule on shapes, so that it is repeatable.
+"""Which clients of a simulation share passes of the model: a rule on shapes, so repeatable.
 
 One pass over several clients saves what a pass costs whatever its size. On a processor that is
 worth having while a client's own pass is small; a larger one is slower in company, because its
@@ -6,6 +6,7 @@ activations leave the cache. The bounds are from benchmarks/results/cohort.md; t
 prediction: from there on a pass fills it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -27,10 +28,10 @@ MOST_CLIENTS = 64
 
 @dataclass(frozen=True)
 class Width:
-    """How many clients are trained together.
+    """How many clients share a pass.
 
     Attributes:
-        clients: 1 trains one after the other.
+        clients: 1 takes one after the other.
         why: the reason, for the run's record.
     """
 
@@ -39,14 +40,31 @@ class Width:
 
 
 def cohort_width(job: Job, loaded: Loaded) -> Width:
-    """What run.cohort means for a job."""
-    if job.run.cohort == "off":
-        return Width(1, 'run.cohort = "off"')
-    if job.run.engine != "local":
-        return Width(1, f'run.engine = "{job.run.engine}" has one client in a worker')
-    if why := _impossible(job) or obstacle(loaded.adapted):
+    """What run.cohort means for the training of a job."""
+    if why := _off(job) or _impossible(job) or obstacle(loaded.adapted):
         return Width(1, why)
-    work = _work(job, loaded)
+    examples = [e for client in loaded.data.clients.values() for e in client.train[:64]]
+    # a frozen matrix takes one product forward and one backward
+    return _width(job, 2 * _forward(loaded, examples, job.training.batch_size))
+
+
+def evaluation_width(job: Job, loaded: Loaded) -> Width:
+    """What run.cohort means for clients' adapters that are scored, whatever trained them."""
+    if why := _off(job) or obstacle(loaded.adapted):
+        return Width(1, why)
+    if job.evaluation.exact_match:
+        return Width(1, "evaluation.exact_match generates with one adapter at a time")
+    own = [e for client in loaded.data.clients.values() for e in client.validation[:64]]
+    examples = own or loaded.data.test[:64]
+    return _width(job, _forward(loaded, examples, job.evaluation.batch_size))
+
+
+def _width(job: Job, work: float) -> Width:
+    """The rule.
+
+    Args:
+        work: multiplications of one client's pass.
+    """
     most, full = MOST_WORK * job.run.threads, FULL_PASS * job.run.threads
     if job.run.device.startswith("cuda"):
         most = full = FULL_GPU_PASS
@@ -56,6 +74,14 @@ def cohort_width(job: Job, loaded: Loaded) -> Width:
         )
     clients = int(min(MOST_CLIENTS, max(1.0, full / work)))
     return Width(clients, f"a client's pass has {work / 1e9:.2g} G multiplications")
+
+
+def _off(job: Job) -> str:
+    if job.run.cohort == "off":
+        return 'run.cohort = "off"'
+    if job.run.engine != "local":
+        return f'run.engine = "{job.run.engine}" has one client in a worker'
+    return ""
 
 
 def _impossible(job: Job) -> str:
@@ -70,16 +96,15 @@ def _impossible(job: Job) -> str:
     return ""
 
 
-def _work(job: Job, loaded: Loaded) -> float:
-    """Multiplications of one client's forward and backward pass over a micro-batch."""
+def _forward(loaded: Loaded, examples: Sequence[Example], batch_size: int) -> float:
+    """Multiplications of a forward pass over so many examples like these."""
     model: Any = loaded.base.model
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     embedding = model.get_input_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     looked_up = 0 if embedding is None or tied else embedding.weight.numel()
-    examples = [e for client in loaded.data.clients.values() for e in client.train[:64]]
     tokens = fmean(_tokens(model, example) for example in examples) if examples else 1.0
-    return float(2 * (matrices - looked_up) * tokens * job.training.batch_size)
+    return float((matrices - looked_up) * tokens * batch_size)
 
 
 def _tokens(model: Any, example: Example) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,9 +20,10 @@ from fedlora.server.link import Link, SecureLink
 from fedlora.server.run import Emit, Run, Scores, metrics_log
 from fedlora.simulation.clients import SimulatedClients
 from fedlora.simulation.cohort import CohortLink
-from fedlora.simulation.cohort_rule import cohort_width
+from fedlora.simulation.cohort_rule import cohort_width, evaluation_width
 from fedlora.simulation.engine import check_engine, ray_link
 from fedlora.simulation.local import LocalLink
+from fedlora.simulation.scoring import Judged, mean_scores, score_each
 from fedlora.simulation.secure_local import SecureLocalLink
 from fedlora.simulation.virtual import VirtualLink
 from fedlora.strategies.base import StrategyState
@@ -105,6 +107,7 @@ class Federation(Run):
             {
                 "engine": self.job.run.engine,
                 "cohort": asdict(self.width),
+                "evaluation_cohort": asdict(evaluation_width(self.job, self.loaded)),
                 "clients": clients,
                 "unusable": _unusable(self.loaded.data),
             },
@@ -147,12 +150,8 @@ class Federation(Run):
         if not self.strategy.personal:
             self.hold(adapter)
             return self.scores(test)
-        found = []
-        for name in self.clients:
-            self.hold(self.personal(name, adapter, number))
-            found.append(self.scores(test))
-        shared = set.intersection(*(set(scores) for scores in found))
-        return {key: sum(s[key] for s in found) / len(found) for key in sorted(shared)}
+        own = [Judged(partial(self.personal, name, adapter, number), test) for name in self.clients]
+        return mean_scores(score_each(self, own))
 
     def _local_link(self, progress: Callable[[str], None] | None) -> VirtualLink:
         federation = self.job.federation

@@ -1,6 +1,8 @@
 """The end of a simulated run: its figures, its baselines, and what it leaves."""
 
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fedlora.adapter import AdapterState
@@ -11,6 +13,7 @@ from fedlora.server.run import Emit, Scores
 from fedlora.server.soundness import global_adapter
 from fedlora.simulation.baselines import run_centralised, run_local
 from fedlora.simulation.federation import Federation
+from fedlora.simulation.scoring import Judged, score_each
 from fedlora.strategies.base import StrategyState
 
 
@@ -47,23 +50,71 @@ def finish(
     }
     if federation.strategy.personal:
         summary["personal"] = True
+    alone: Mapping[str, Scores] = {}
     for name in job.evaluation.baselines:
         run = {"local": run_local, "centralised": run_centralised}[name]
-        summary["baselines"][name] = run(job, loaded, folder / "baselines" / name, emit)
+        found = run(job, loaded, folder / "baselines" / name, emit)
+        alone = found.pop("own", alone)
+        summary["baselines"][name] = found
+    summary["side_by_side"] = _side_by_side(federation, summary["clients"], alone)
     close(folder, state.round, summary, time.perf_counter() - started)
     return summary
 
 
 def _per_client(federation: Federation, adapter: AdapterState, number: int) -> dict[str, Any]:
-    found: dict[str, dict[str, Scores]] = {name: {} for name in federation.clients}
-    federation.hold(federation.loaded.initial)
+    """Each client's scores on its validation data: of base, global adapter, and its own."""
+    data = {name: client.validation for name, client in federation.clients.items()}
+    initial = federation.loaded.initial
+    federation.hold(initial)
     with federation.loaded.adapted.base_only():
-        for name, data in federation.clients.items():
-            found[name]["base"] = federation.scores(data.validation)
-    federation.hold(adapter)
-    for name, data in federation.clients.items():
-        if federation.strategy.personal:
-            federation.hold(federation.personal(name, adapter, number))
-        kind = "personal" if federation.strategy.personal else "global"
-        found[name][kind] = federation.scores(data.validation)
-    return found
+        base = score_each(federation, [Judged(lambda: initial, own) for own in data.values()])
+    kinds: dict[str, Callable[[str], AdapterState]] = {"global": lambda name: adapter}
+    if federation.strategy.personal:
+        kinds["personal"] = lambda name: federation.personal(name, adapter, number)
+    # a client's adapters stand side by side in one pass
+    judged = [
+        Judged(partial(make, name), own) for name, own in data.items() for make in kinds.values()
+    ]
+    scores = iter(score_each(federation, judged))
+    return {
+        name: {"base": before, **{kind: next(scores) for kind in kinds}}
+        for name, before in zip(data, base, strict=True)
+    }
+
+
+def _side_by_side(
+    federation: Federation, clients: Mapping[str, Mapping[str, Scores]], alone: Mapping[str, Scores]
+) -> dict[str, list[dict[str, Any]]]:
+    """Global and own adapter on the same validation data, one row per client.
+
+    Args:
+        clients: as `_per_client` gives it.
+        alone: of adapters trained by clients alone; empty without that baseline.
+
+    Returns:
+        "personal", what the strategy left with each client, and "local", what it reaches
+        alone; each only where there is such an adapter.
+    """
+    own = {
+        "personal": {n: found["personal"] for n, found in clients.items() if "personal" in found},
+        # clients that take no part here can be alone as well
+        "local": {n: alone[n] for n in clients if n in alone},
+    }
+    return {
+        kind: [
+            {
+                "client": name,
+                "examples": len(federation.clients[name].validation),
+                "global": clients[name]["global"],
+                "own": found,
+                "difference": {
+                    key: found[key] - value
+                    for key, value in clients[name]["global"].items()
+                    if key in found
+                },
+            }
+            for name, found in scores.items()
+        ]
+        for kind, scores in own.items()
+        if scores
+    }

@@ -117,9 +117,13 @@ class LiveView:
         """The final table and where things are."""
         if self.quiet or not self.summary:
             return
+        from fedlora.report.side_by_side import side_by_side, text_table
         from fedlora.report.text_table import result_table
 
-        self.console.print(result_table(self.summary, self.job.model.task))
+        task = self.job.model.task
+        self.console.print(result_table(self.summary, task))
+        for found in side_by_side(self.summary, task):
+            self.console.print(text_table(found))
         adapter = self.folder / (PERSONAL if self.summary.get("personal") else "adapter")
         self.console.print(
             f"adapter  {adapter}\nreport   {self.folder / 'report.html'}",

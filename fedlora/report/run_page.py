@@ -25,6 +25,7 @@ from fedlora.report.run_tables import (
     seconds_table,
     unusable_table,
 )
+from fedlora.report.side_by_side import WHOSE, SideBySide, page_table, side_by_side
 from fedlora.storage import write_atomic
 
 MANY_CLIENTS = 24
@@ -63,6 +64,7 @@ def run_page(run: RunRecord) -> str:
         parts.append(run_pictures.curves(run, metric))
     if run.clients:
         parts += [run_pictures.partition(run), _clients(run, metric)]
+    parts += [_side_by_side(found) for found in side_by_side(run.scores, run.task)]
     if run.of("rejected"):
         parts.append(section("Rejected updates", rejected_table(run)))
     if run.rounds:
@@ -164,3 +166,18 @@ def _clients(run: RunRecord, metric: Metric) -> Html:
     if len(run.clients) > MANY_CLIENTS:
         rows = details(f"{len(run.clients)} clients", rows)
     return section("Clients", note, rows)
+
+
+def _side_by_side(found: SideBySide) -> Html:
+    better = "higher" if found.metric.higher_better else "lower"
+    text = (
+        f"Both are scored on the client's validation part, in {found.metric.name} ({better} is "
+        "better); the difference is own minus global."
+    )
+    if found.kind == "personal":
+        text += " The global adapter is the shared part by itself, with which a new client starts."
+    note = element("p", f"{text} {found.verdict}", css="muted")
+    rows = page_table(found)
+    if len(found.rows) > MANY_CLIENTS:
+        rows = details(f"{len(found.rows)} clients", rows)
+    return section(f"Global and own adapter: {WHOSE[found.kind]}", note, rows)

@@ -21,11 +21,14 @@ from fedlora.data.order import batch_order, example_lengths, loader
 from fedlora.errors import TrainingError
 from fedlora.seeds import generator
 from fedlora.training.loss import token_losses
-from fedlora.training.memory import out_of_memory
+from fedlora.training.memory import Shares
 from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import learning_rate
 from fedlora.training.rows import Rows
 from fedlora.training.trainer import LocalResult, Training, diverged
+
+# of every client: summed losses, and how much they are sums over
+_Sums = tuple[list[float], list[int]]
 
 
 @dataclass
@@ -68,7 +71,7 @@ class Cohort:
         self.settings = settings
         self.task = task
         self.pad_id = pad_id
-        self.width = width
+        self._shares = Shares(width)
         # who has more steps comes first, so that the active ones are always the first rows
         order = sorted(range(len(trainings)), key=lambda i: -trainings[i].work.steps)
         self._clients = [
@@ -129,23 +132,15 @@ class Cohort:
             batches = [next(client.batches) for client in clients]
             for client in clients:
                 client.key = client.training.work.dropout_key(step, index)
-            begin = 0
-            while begin < active:
-                end = min(active, begin + self.width)
-                try:
-                    sums, seen = self._pass(
-                        stacked, clients[begin:end], batches[begin:end], slice(begin, end)
-                    )
-                except RuntimeError as e:
-                    if end - begin == 1 or not out_of_memory(e):
-                        raise
-                    # still the same step: these clients have added nothing to their gradients
-                    self.width = (end - begin) // 2
-                    continue
-                for row, client in enumerate(clients[begin:end]):
-                    client.loss += sums[row]
-                    counts[begin + row] += seen[row]
-                begin = end
+
+            def share(rows: slice, batches: Sequence[Batch] = batches) -> _Sums:
+                # where memory runs out, nothing is added to the gradients yet
+                return self._pass(stacked, clients[rows], batches[rows], rows)
+
+            for rows, (sums, seen) in self._shares.each(active, share):
+                for place, row in enumerate(range(rows.start, rows.stop)):
+                    clients[row].loss += sums[place]
+                    counts[row] += seen[place]
         divisors = torch.tensor([max(1, count) for count in counts])
         gradients[:active] /= divisors.to(gradients)[:, None]
         rates = []
@@ -172,7 +167,7 @@ class Cohort:
         clients: Sequence[_Client],
         batches: Sequence[Batch],
         rows: slice,
-    ) -> tuple[list[float], list[int]]:
+    ) -> _Sums:
         """Adds the gradients of one micro-batch of some clients; their summed losses and counts."""
         room = max(len(batch.target) for batch in batches)
         values = {

@@ -22,6 +22,10 @@ def personal(job, tmp_path_factory):
     return folder
 
 
+def events(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys):
     return lambda *words: fedlora(monkeypatch, capsys, *words)
@@ -53,7 +57,7 @@ def test_evaluate_measures_the_adapter_of_one_client(personal, cli):
     assert summary["global"]["loss"] == pytest.approx(sum(found) / 3, rel=1e-6)
     assert summary["personal"] is True
     scores = summary["clients"]["client-001"]
-    assert scores.keys() == {"base", "personal"}
+    assert scores.keys() == {"base", "global", "personal"}
 
 
 def test_export_writes_the_adapter_of_one_client(personal, cli, tmp_path):
@@ -116,3 +120,10 @@ def test_report_cards_and_lines_say_whose_scores_they_are(personal, cli, job, tm
     assert done.out.count("agg. error -") == 2
     assert "federated, own (mean)" in done.out
     assert str(tmp_path / "run" / "personal") in done.out
+    # each client's row of the shared part and its own adapter, on page and terminal
+    assert "Global and own adapter: what the strategy leaves with each client" in page
+    assert "what the strategy leaves with each client" in " ".join(done.out.split())
+    summary = json.loads((personal / "summary.json").read_text())
+    (end,) = [e for e in events(personal) if e["event"] == "end"]
+    assert end["side_by_side"] == summary["side_by_side"]
+    assert [row["client"] for row in summary["side_by_side"]["personal"]] == NAMES
