@@ -2,6 +2,8 @@
 
     python -m benchmarks.kernels.counting
 
+Writes kernels.md into --out.
+
 Runs forward and backward on tensors without data and counts kernels, the bytes they read and
 write (every operand once, as if nothing stayed in a cache), and the bytes kept for backward.
 Layers are those of Llama 3.2 1B and Llama 3 8B; activations, weights and factors are bfloat16.
@@ -10,6 +12,7 @@ Layers are those of Llama 3.2 1B and Llama 3 8B; activations, weights and factor
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,24 +180,49 @@ def _meta(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=8192)
-    tokens = parser.parse_args().tokens
+def page(tokens: int) -> str:
+    """The counts of both layers as markdown."""
+    out = [
+        "# What the LoRA linears of a decoder layer cost, counted",
+        "",
+        "`python -m benchmarks.kernels.counting`: forward and backward on tensors without data, "
+        f"{tokens} tokens, rank {RANK}. Bytes are those above the frozen products, every operand "
+        "once; kept is what backward needs, in KiB for every token.",
+        "",
+        "| layer | linears | factors | kernels | extra GB | kept |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
     for layer in LAYERS:
         base = frozen(layer, tokens)
-        print(f"{layer}, {tokens} tokens: {base.kernels} kernels, {base.moved / 1e9:.2f} GB frozen")
-        for forward in (ours, ours_apart, ours_dropped, plain, plain_dropped):
+        out.append(f"| {layer} | frozen | - | {base.kernels} | - | - |")
+        for forward, name in NAMES.items():
             for factors in (torch.bfloat16, torch.float32):
                 if forward in (plain, plain_dropped) and factors == torch.float32:
                     continue
                 count = counted(forward, layer, tokens, factors)
                 kind = str(factors).removeprefix("torch.")
-                print(
-                    f"  {forward.__name__:14} {kind:9} {count.kernels:4} kernels"
-                    f" {(count.moved - base.moved) / 1e9:6.2f} GB extra"
-                    f" {count.saved / tokens / 1024:6.2f} KiB kept per token"
+                out.append(
+                    f"| {layer} | {name} | {kind} | {count.kernels} | "
+                    f"{(count.moved - base.moved) / 1e9:.2f} | {count.saved / tokens / 1024:.1f} |"
                 )
+    return "\n".join([*out, ""])
+
+
+NAMES: dict[Forward, str] = {
+    ours: "ours, stacked",
+    ours_apart: "ours, factors apart in memory",
+    ours_dropped: "ours, stacked, dropout 0.1",
+    plain: "every operation by itself",
+    plain_dropped: "every operation by itself, dropout 0.1",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args()
+    (given.out / "kernels.md").write_text(page(given.tokens))
 
 
 if __name__ == "__main__":
