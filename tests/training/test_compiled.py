@@ -21,47 +21,44 @@ def without_a_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-def trained(make_job, *, rounds=1, **training):
+def prepared(make_job, **training):
     job = make_job(training={"local_steps": 3, "batch_size": 2, **training})
     loaded = load(job)
-    examples = next(iter(loaded.data.clients.values())).train
-    for number in range(1, rounds + 1):
-        work = LocalWork(("A", "B"), 3, 0, 3, seed=0, client="a", round=number)
-        result = train(
-            loaded.adapted,
-            examples,
-            work,
-            job.training,
-            task=job.model.task,
-            pad_id=loaded.processor.pad_id,
-        )
-    return loaded, result
+    return loaded, next(iter(loaded.data.clients.values())).train, job
+
+
+def one_round(loaded, examples, job, number):
+    return train(
+        loaded.adapted,
+        examples,
+        LocalWork(("A", "B"), 3, 0, 3, seed=0, client="a", round=number),
+        job.training,
+        task=job.model.task,
+        pad_id=loaded.processor.pad_id,
+    )
+
+
+def trained(make_job, **training):
+    loaded, examples, job = prepared(make_job, **training)
+    return loaded, one_round(loaded, examples, job, 1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_train_the_same_adapter(make_job, checkpointing):
+def test_compiled_layers_train_the_same_adapter_and_are_compiled_once(make_job, checkpointing):
     _, plain = trained(make_job, gradient_checkpointing=checkpointing)
     assert not counters["stats"]
-    _, quick = trained(make_job, compile=True, gradient_checkpointing=checkpointing)
-    assert counters["stats"]["unique_graphs"] > 0
+    with_layers = {"compile": True, "gradient_checkpointing": checkpointing}
+    loaded, examples, job = prepared(make_job, **with_layers)
+    quick = one_round(loaded, examples, job, 1)
+    first = counters["stats"]["unique_graphs"]
+    assert 0 < first <= 3 * loaded.base.model.config.num_hidden_layers
     assert not counters["graph_break"]
     assert quick.loss == pytest.approx(plain.loss, rel=1e-5)
     for name, value in plain.trained.items():
         assert float((quick.trained[name] - value).norm()) <= 1e-4 * float(value.norm()), name
-
-
-def test_texts_of_other_lengths_and_later_rounds_compile_no_more(make_job):
-    loaded, _ = trained(make_job, compile=True)
-    after_one = counters["stats"]["unique_graphs"]
-    assert after_one <= 3 * loaded.base.model.config.num_hidden_layers
-    counters.clear()
-    trained(make_job, compile=True, rounds=3)
-    # of another model, whose rounds are three: as many as the first one took
-    assert counters["stats"].get("unique_graphs", 0) <= after_one
-
-
-def test_afterwards_the_layers_are_as_they_were(make_job):
-    loaded, _ = trained(make_job, compile=True)
+    one_round(loaded, examples, job, 2)
+    assert counters["stats"]["unique_graphs"] == first
+    # and they are as they were
     assert all(m._compiled_call_impl is None for m in loaded.base.model.modules())
 
 
