@@ -115,11 +115,10 @@ def _step(device: str, sizes: Sizes, width: int, way: str) -> Run:
     weight = normal(width, width)
     a = normal(len(sizes), 16, width).requires_grad_()
     b = normal(len(sizes), width, 16).requires_grad_()
-    scales = torch.ones(len(sizes), device=device)
     slope = normal(sum(sizes), width)
 
     def step() -> None:
-        y = multi_lora(x, weight, None, a, b, scales, sizes, way=way)
+        y = multi_lora(x, weight, None, a, b, 1.0, sizes, way=way)
         torch.autograd.grad(y, (x, a, b), slope)
 
     return step

@@ -29,7 +29,9 @@ LAYERS = {
     "8B": ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))),
 }
 RANK, SCALE = 16, 2.0
+# ops without a kernel
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+RESHAPES = {"_unsafe_view", "_reshape_alias"}
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Counting(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         results = func._schema.returns
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in results)
-        if view or name in ALLOCATIONS:
+        if view or name in ALLOCATIONS | RESHAPES:
             return made
         # what is multiplied by zero is not read
         read = args[1:] if kwargs.get("beta") == 0 else args
@@ -205,6 +207,23 @@ def page(tokens: int) -> str:
                     f"| {layer} | {name} | {kind} | {count.kernels} | "
                     f"{(count.moved - base.moved) / 1e9:.2f} | {count.saved / tokens / 1024:.1f} |"
                 )
+    # imported here, as it counts with this module
+    from benchmarks.kernels.wired import wired
+
+    out += [
+        "",
+        "The same linears as a model runs them (all seven of a layer, with the casts of float32 "
+        "masters to bfloat16 and of their gradients back; sums of gradients that the plain layer "
+        "makes and this one does not are taken off):",
+        "",
+        "| layer | factors | dropout | kernels |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for layer in LAYERS:
+        for factors in (torch.bfloat16, torch.float32):
+            for rate in (0.0, 0.1):
+                kind = str(factors).removeprefix("torch.")
+                out.append(f"| {layer} | {kind} | {rate:g} | {wired(layer, factors, rate)} |")
     return "\n".join([*out, ""])
 
 

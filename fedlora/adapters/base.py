@@ -249,6 +249,10 @@ class AdapterLayer(nn.Module, ABC):
     def adapted(self, x: Tensor) -> Tensor:
         """Output (..., d) of base and adapter for x (..., k)."""
 
+    def takes_any_shape(self) -> bool:
+        """Whether `adapted` may be given more dimensions than (batch, tokens, features)."""
+        return False
+
     def lowrank(self) -> tuple[Tensor, Tensor] | None:
         """See `Method.lowrank`, for the current factors."""
         return self.method.lowrank(self.layer, self.factors(), self.basis)
@@ -263,7 +267,7 @@ class AdapterLayer(nn.Module, ABC):
         if self.disabled or self._original is not None:
             y: Tensor = self.base(x)
             return y
-        if x.dim() <= 3:
+        if x.dim() <= 3 or self.takes_any_shape():
             y = self.adapted(x)
         else:
             # per-sample norms of a linear leaf exist for (batch, tokens, features) only

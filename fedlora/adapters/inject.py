@@ -11,6 +11,7 @@ from torch import nn
 from fedlora.adapter import AdapterSpec, AdapterState, Tensors, tensors_digest
 from fedlora.adapters import METHODS
 from fedlora.adapters.base import AdapterLayer, Basis, Method
+from fedlora.adapters.siblings import join_siblings
 from fedlora.adapters.targets import (
     find_targets,
     linear_layers,
@@ -117,6 +118,7 @@ class AdaptedModel:
             parent, _, child = layer.name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, adapted)
             self.layers[layer.name] = adapted
+        join_siblings(self.layers)
 
     def rerank(self, spec: AdapterSpec) -> None:
         """Gives every layer the rank that `spec` (same layers) says; factors start anew.
@@ -195,10 +197,19 @@ class AdaptedModel:
                 trained[f"{head}.{name}"] = parameter
         return dict(sorted(trained.items()))
 
-    def key_dropout(self, key: int) -> None:
-        """Sets the key of every adapter dropout (see `KeyedDropout`)."""
+    def key_dropout(self, *keys: int, room: int = 0) -> None:
+        """Sets what the next forward pass drops of adapters' inputs (see `KeyedDropout`).
+
+        Args:
+            keys: of each client of the pass; from 0 to below 2**63.
+            room: rows of every client, if there are several.
+        """
+        if not self.dropout:
+            return
+        device = next(self.model.parameters()).device
+        held = torch.tensor(keys, dtype=torch.int64).to(device, non_blocking=True)
         for layer in self.layers.values():
-            layer.dropout.key = key
+            layer.dropout.keys, layer.dropout.room = held, room
 
     @contextmanager
     def base_only(self) -> Iterator[None]:

@@ -9,29 +9,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora.seeds import generator
+from fedlora.errors import TrainingError
+from fedlora.ops.dropout_mask import Dropout
+from fedlora.ops.row_groups import drawn
+from fedlora.seeds import derive_seed
 
 
 class KeyedDropout(nn.Module):
-    """Inverted dropout whose mask depends only on (key, layer), not on call order.
+    """Inverted dropout whose mask depends on a key, and on where in its client's batch an entry is.
 
-    A recomputed forward pass (gradient checkpointing) therefore draws the same mask. The
-    trainer sets a new key for every micro-batch; in eval mode it is the identity.
+    Padding, other clients, the order of calls and a recomputed forward pass (gradient
+    checkpointing) change nothing of it. The trainer sets new keys for every micro-batch; in eval
+    mode it is the identity.
+
+    Attributes:
+        name: of the layer, for errors.
+        stream: see `Dropout`; other layers have other masks.
+        keys: of every client, int64 (K,).
+        room: rows of every client with padding, if there are several.
     """
 
     def __init__(self, p: float, name: str) -> None:
         super().__init__()
         self.p = p
         self.name = name
-        self.key: int | None = None
+        self.stream = derive_seed(0, "dropout", name) % 2**31
+        self.keys: Tensor | None = None
+        self.room = 0
+
+    def of(self, x: Tensor) -> Dropout | None:
+        """What an op drops of its input x (N, ..., k); None for nothing.
+
+        Raises:
+            TrainingError: the rows of several clients cannot be told apart.
+        """
+        if not self.training or self.p == 0.0:
+            return None
+        assert self.keys is not None, "dropout needs keys; the trainer sets them per micro-batch"
+        if len(self.keys) > 1 and len(x) != self.room * len(self.keys):
+            raise TrainingError(
+                f"layer {self.name} sees {len(x)} rows of a batch of {len(self.keys)} x "
+                f'{self.room}, so that dropout cannot tell clients apart; set run.cohort = "off"'
+            )
+        return Dropout(self.p, self.keys, x.shape[1:-1].numel(), self.stream)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
+        dropout = self.of(x)
+        if dropout is None:
             return x
-        assert self.key is not None, "dropout needs a key; the trainer sets one per micro-batch"
-        draws = torch.rand(x.shape, generator=generator(self.key, self.name), dtype=torch.float32)
-        keep = (draws >= self.p).to(x.device, x.dtype)
-        return x * keep / (1.0 - self.p)
+        sizes = [x.shape[:-1].numel() // len(dropout.key)] * len(dropout.key)
+        kept = drawn(dropout, sizes, x).kept
+        assert kept is not None
+        return torch.where(kept.view(x.shape), x, 0) * dropout.upscale
 
 
 def linear_leaf(weight: Tensor) -> nn.Linear:

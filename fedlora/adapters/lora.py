@@ -7,8 +7,8 @@ https://arxiv.org/abs/2312.03732, section 3 (s = alpha / sqrt(r)).
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from fedlora.adapter import LayerSpec
 from fedlora.adapters.base import AdapterLayer, Basis, Method
 from fedlora.adapters.leaves import is_tapped, leaf_weight, linear_leaf
 from fedlora.adapters.stacked_leaves import StackedLinear
-from fedlora.ops.lora_linear import lora_linear
-from fedlora.ops.multi_lora import multi_lora
+from fedlora.ops.lora_linear import lora_linears
+from fedlora.ops.multi_lora import multi_loras
 from fedlora.seeds import generator
 
 
@@ -79,8 +79,20 @@ class Lora(Method):
 _LINEAR = (nn.Linear, Conv1D, StackedLinear)
 
 
+class Together(Protocol):
+    """Layers of one input that are computed by one op, see `fedlora.adapters.siblings`."""
+
+    def output(self, layer: "LoraLayer", x: Tensor) -> Tensor:
+        """That of one of them."""
+        ...
+
+
 class LoraLayer(AdapterLayer):
-    """y = base(x) + s B A dropout(x)."""
+    """y = base(x) + s B A dropout(x).
+
+    Attributes:
+        together: the layers that have the same input, this one among them; None if there are none.
+    """
 
     def __init__(
         self,
@@ -94,37 +106,58 @@ class LoraLayer(AdapterLayer):
         super().__init__(base, layer, method, {}, dropout)
         self.A = linear_leaf(a.to(self.weight.device, self.factor_dtype))  # (r, k)
         self.B = linear_leaf(b.to(self.weight.device, self.factor_dtype))  # (d, r)
+        self.together: Together | None = None
 
     def factors(self) -> dict[str, nn.Parameter]:
         return {"A": leaf_weight(self.A), "B": leaf_weight(self.B)}
 
     def adapted(self, x: Tensor) -> Tensor:
-        if self._plain():
-            a, b, scale = self.A.weight, self.B.weight, self.layer.scale
-            if a.dim() == b.dim() == 2:
-                return lora_linear(x, self.weight, self.bias, a, b, scale)
-            # a factor that does not differ between clients is held once
-            clients = max(a.shape[:-2] + b.shape[:-2])
-            return multi_lora(
-                x.reshape(clients, -1, x.shape[-1]),
-                self.weight,
-                self.bias,
-                a.expand(clients, *a.shape[-2:]),
-                b.expand(clients, *b.shape[-2:]),
-                b.new_full((clients,), scale),
-            ).view(*x.shape[:-1], self.layer.out)
+        if self.plain():
+            if self.together is None or torch.compiler.is_compiling():
+                return lora_outputs((self,), x)[0]
+            return self.together.output(self, x)
         y: Tensor = self.base(x)
         h = self.A(self.dropout(x).to(self.factor_dtype))  # (..., r)
         change: Tensor = self.layer.scale * self.B(h)
         return y + change.to(y.dtype)
 
-    def _plain(self) -> bool:
+    def takes_any_shape(self) -> bool:
+        return self.plain()
+
+    def plain(self) -> bool:
         """Nothing happens in this layer but two linears, so that one op can be both."""
-        masked = self.dropout.p > 0.0 and self.training
-        return not masked and all(
-            type(module) in _LINEAR and not is_tapped(module)
-            for module in (self.base, self.A, self.B)
+        return (
+            not is_tapped(self.dropout)
+            and self._original is None
+            and all(
+                type(module) in _LINEAR and not is_tapped(module)
+                for module in (self.base, self.A, self.B)
+            )
         )
+
+
+def lora_outputs(layers: Sequence[LoraLayer], x: Tensor) -> tuple[Tensor, ...]:
+    """What `plain` layers make of the same x (..., k), (..., d_i) each, by one op."""
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers]
+    a_s = [layer.A.weight for layer in layers]
+    b_s = [layer.B.weight for layer in layers]
+    scales = [layer.layer.scale for layer in layers]
+    dropout = layers[0].dropout.of(x)
+    clients = max(math.prod(factor.shape[:-2]) for factor in (*a_s, *b_s))
+    if all(factor.dim() == 2 for factor in (*a_s, *b_s)):
+        return lora_linears(x, weights, biases, a_s, b_s, scales, dropout)
+    # a factor that does not differ between clients is held once
+    ys = multi_loras(
+        x.reshape(clients, -1, x.shape[-1]),
+        weights,
+        biases,
+        [a.expand(clients, *a.shape[-2:]) for a in a_s],
+        [b.expand(clients, *b.shape[-2:]) for b in b_s],
+        scales,
+        dropout=dropout,
+    )
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 def resize_slots(tensor: Tensor, dim: int, rank: int) -> Tensor:

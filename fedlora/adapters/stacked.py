@@ -6,9 +6,8 @@ dimension 0 of every activation is K n, client after client. Everything else of 
 shared, and what it computes for a row depends on that row alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from fedlora.adapters.inject import AdaptedModel
@@ -19,47 +18,12 @@ from fedlora.adapters.stacked_leaves import (
     StackedLinear,
     StackedScale,
 )
-from fedlora.errors import TrainingError
-from fedlora.seeds import generator
 
 _STACKED: Mapping[type[nn.Module], type[StackedLeaf]] = {
     nn.Linear: StackedLinear,
     DiagScale: StackedScale,
     BlockDiagLinear: StackedBlocks,
 }
-
-
-class StackedDropout(nn.Module):
-    """The keyed dropout of every client, each with a mask of the shape it has alone.
-
-    Attributes:
-        room: n, rows of every client with padding.
-        masks: (key, rows, tokens) of every client; rows and tokens beyond are padding.
-    """
-
-    def __init__(self, p: float, name: str) -> None:
-        super().__init__()
-        self.p = p
-        self.name = name
-        self.room = 0
-        self.masks: Sequence[tuple[int, int, int]] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        if len(x) != self.room * len(self.masks):
-            raise TrainingError(
-                f"layer {self.name} sees {len(x)} rows of a batch of {len(self.masks)} x "
-                f'{self.room}, so that dropout cannot tell clients apart; set run.cohort = "off"'
-            )
-        keep = torch.ones_like(x)
-        for place, (key, rows, tokens) in enumerate(self.masks):
-            mine = keep[place * self.room : place * self.room + rows]
-            if x.dim() > 2:
-                mine = mine[:, :tokens]
-            draws = torch.rand(mine.shape, generator=generator(key, self.name), dtype=torch.float32)
-            mine.copy_(draws >= self.p)
-        return x * keep / (1.0 - self.p)
 
 
 class StackedModel:
@@ -80,11 +44,6 @@ class StackedModel:
             path, parameter = _leaf_of(adapted, name)
             leaf = _STACKED[type(adapted.model.get_submodule(path))]()
             self._places.setdefault(path, (leaf, {}))[1][parameter] = name
-        self._dropouts = {
-            name: StackedDropout(adapted.dropout, name)
-            for name in adapted.layers
-            if adapted.dropout
-        }
         self._originals: dict[str, nn.Module] = {}
 
     def __enter__(self) -> "StackedModel":
@@ -92,11 +51,6 @@ class StackedModel:
             original = self.adapted.model.get_submodule(path)
             self._originals[path] = original
             _put(self.adapted.model, path, leaf)
-        for name, dropout in self._dropouts.items():
-            path = f"{name}.dropout"
-            self._originals[path] = self.adapted.model.get_submodule(path)
-            dropout.train(self.adapted.model.training)
-            _put(self.adapted.model, path, dropout)
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -114,11 +68,6 @@ class StackedModel:
             leaf.weight = values[parameters["weight"]]
             if "bias" in parameters:
                 leaf.bias = values[parameters["bias"]]
-
-    def mask(self, room: int, masks: Sequence[tuple[int, int, int]]) -> None:
-        """Sets the dropout of the next forward pass, see `StackedDropout`."""
-        for dropout in self._dropouts.values():
-            dropout.room, dropout.masks = room, masks
 
 
 def obstacle(adapted: AdaptedModel) -> str:

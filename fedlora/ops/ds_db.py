@@ -56,8 +56,8 @@ def _ds_db(
 
         return kernel(dy, b, s, sizes, scale, ds)
     way = row_groups.choose(b.shape[2], b.shape[1:2], sizes, dy.device, dy.dtype)
-    ds.copy_(row_groups.shrink(dy, b.mT, sizes, None, 0.0, way) * scale)
-    return row_groups.factor_grads(dy, s, sizes, None, 0.0, way) * scale
+    ds.copy_(row_groups.shrink(dy, b.mT, sizes, None, way, scale))
+    return row_groups.factor_grads(dy, s, sizes, None, way, scale)
 
 
 def _fake(

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fedlora.ops import row_ops
 from fedlora.ops.autocast import compute_dtype
-from fedlora.ops.dropout_mask import Dropout
+from fedlora.ops.dropout_mask import NO_DROPOUT, Dropout, Settings
 from fedlora.ops.ds_db import ds_db
 
 
@@ -68,17 +68,19 @@ def lora_linears(
     dtype = compute_dtype(x)
     if not isinstance(a_s, Tensor):
         a_s = a_s[0] if len(a_s) == 1 else torch.cat(tuple(a_s))
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    # outputs of the function itself are no views, so that they may be changed in place
     made: tuple[Tensor, ...] = _LoraLinears.apply(
-        x.to(dtype),
+        rows.to(dtype),
         a_s.to(dtype),
         None if dropout is None else dropout.key.reshape(1),
-        0.0 if dropout is None else dropout.rate,
+        NO_DROPOUT if dropout is None else dropout.settings,
         tuple(scales),
         *weights,
         *biases,
         *(b.to(dtype) for b in b_s),
     )
-    return made
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in made)
 
 
 class _LoraLinears(Function):
@@ -88,29 +90,30 @@ class _LoraLinears(Function):
         x: Tensor,
         a: Tensor,
         keys: Tensor | None,
-        rate: float,
+        settings: Settings,
         scales: tuple[float, ...],
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         n = len(scales)
         weights, biases, b_s = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        rows = x.reshape(-1, x.shape[-1])
-        if keys is None:
-            s = rows @ a.T  # (M, R)
+        sizes, way = _group(x, a)
+        dropout = row_ops.mask_for(keys, settings, None, sizes, a, way)
+        if dropout is None:
+            s = x @ a.T  # (M, R)
         else:
-            s = row_ops.shrink(rows, a[None], *_masking(rows, a, keys, rate))
+            s = row_ops.shrink(x, a[None], sizes, dropout, way)
         ys = []
         parts = s.split([b.shape[1] for b in b_s], 1)
         for weight, bias, b, part, scale in zip(weights, biases, b_s, parts, scales, strict=True):
             w = weight.to(x.dtype).T
-            y = rows @ w if bias is None else torch.addmm(bias.to(x.dtype), rows, w)
-            y.addmm_(part, b.T, alpha=scale)
-            ys.append(y.view(*x.shape[:-1], y.shape[1]))
+            y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
+            ys.append(y.addmm_(part, b.T, alpha=scale))
         needs_a, needs_b = ctx.needs_input_grad[1], any(ctx.needs_input_grad[5 + 2 * n :])
+        kept = row_ops.to_keep(dropout)
         ctx.save_for_backward(
-            x if needs_a else None, s if needs_b else None, a, keys, *weights, *b_s
+            x if needs_a else None, s if needs_b else None, a, keys, kept, *weights, *b_s
         )
-        ctx.rate, ctx.scales, ctx.shape = rate, scales, x.shape
+        ctx.settings, ctx.scales, ctx.rows = settings, scales, x.shape[0]
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -118,49 +121,45 @@ class _LoraLinears(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         n = len(ctx.scales)
-        x, s, a, keys, *others = ctx.saved_tensors
+        x, s, a, keys, kept, *others = ctx.saved_tensors
         weights, b_s = others[:n], others[n:]
         needs_x, needs_a = ctx.needs_input_grad[:2]
-        ds = a.new_empty(ctx.shape[:-1].numel(), a.shape[0])
+        ds = a.new_empty(ctx.rows, a.shape[0])
         dx: Tensor | None = None
         dbs: list[Tensor | None] = []
         start = 0
-        for i, (grad, weight, b, scale) in enumerate(
+        for i, (dy, weight, b, scale) in enumerate(
             zip(grads, weights, b_s, ctx.scales, strict=True)
         ):
             part = slice(start, start + b.shape[1])
             start = part.stop
-            if grad is None:
+            if dy is None:
                 # an output that nothing was made of
                 ds[:, part] = 0
                 dbs.append(None)
                 continue
-            dy = grad.reshape(-1, grad.shape[-1])
             s_part = s[:, part] if ctx.needs_input_grad[5 + 2 * n + i] else None
             dbs.append(ds_db(dy, b, s_part, scale, ds[:, part] if needs_x or needs_a else None))
             if needs_x:
                 w = weight.to(dy.dtype)
                 dx = dy @ w if dx is None else dx.addmm_(dy, w)
         da: Tensor | None = None
+        sizes, way = _group(ds, a)
+        dropout = row_ops.mask_for(keys, ctx.settings, kept, sizes, a, way)
         if needs_a:
-            rows = x.reshape(-1, x.shape[-1])
-            if keys is None:
-                da = ds.T @ rows
+            if dropout is None:
+                da = ds.T @ x
             else:
-                masking = _masking(rows, a, keys, ctx.rate)
-                da = row_ops.factor_grads(ds, rows, *masking)[0]
+                da = row_ops.factor_grads(ds, x, sizes, dropout, way)[0]
         if dx is not None:
-            if keys is None:
+            if dropout is None:
                 dx.addmm_(ds, a)
             else:
-                row_ops.expand_(dx, ds, a.T[None], *_masking(dx, a, keys, ctx.rate))
-            dx = dx.view(ctx.shape)
+                row_ops.expand_(dx, ds, a.T[None], sizes, dropout, way)
         return (dx, da, None, None, None, *[None] * (2 * n), *dbs)
 
 
-def _masking(
-    rows: Tensor, a: Tensor, keys: Tensor, rate: float
-) -> tuple[list[int], Tensor, float, str]:
-    """Sizes, keys, rate and way of the product of all rows with a masked side."""
+def _group(rows: Tensor, a: Tensor) -> tuple[list[int], str]:
+    """All rows as one group, and the way of a product with a masked side."""
     sizes = [rows.shape[0]]
-    return sizes, keys, rate, row_ops.way_of(rows, a.shape[0], (a.shape[1],), sizes, masked=True)
+    return sizes, row_ops.way_of(rows, a.shape[0], (a.shape[1],), sizes, masked=True)

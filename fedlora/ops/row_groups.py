@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.ops.dropout_mask import keep_mask, upscale
+from fedlora.ops.dropout_mask import Dropout
 
 
 def choose(
@@ -41,20 +41,30 @@ def choose(
     return "padded" if len(sizes) * max(sizes) <= 2 * sum(sizes) else "loop"
 
 
-def dropped(x: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float) -> Tensor:
-    """`x` (M, k) with zeros where `keys` (K,) drop; what survives is not scaled yet."""
-    if keys is None:
+def dropped(x: Tensor, sizes: Sequence[int], dropout: Dropout | None) -> Tensor:
+    """`x` (M, k) with zeros where entries are dropped; what survives is not scaled yet."""
+    if dropout is None:
         return x
-    clients, rows = places(tuple(sizes), x.device)
-    return torch.where(keep_mask(keys[clients], rows, x.shape[1], rate), x, 0)
+    kept = drawn(dropout, sizes, x).kept
+    assert kept is not None
+    return torch.where(kept, x, 0)
+
+
+def drawn(dropout: Dropout, sizes: Sequence[int], like: Tensor) -> Dropout:
+    """The same with its mask (M, k) for groups of these sizes, with device and k of `like`."""
+    return dropout.drawn(*places(tuple(sizes), like.device), like.shape[-1])
 
 
 def shrink(
-    x: Tensor, a: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float, way: str
+    x: Tensor,
+    a: Tensor,
+    sizes: Sequence[int],
+    dropout: Dropout | None,
+    way: str,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """S_i = dropout(x_i) A_i^T for rows x (M, k) and factors (K, r, k); (M, r)."""
-    s = _shrink(dropped(x, sizes, keys, rate), a, sizes, way)
-    return s if keys is None else s * upscale(rate)
+    """S_i = alpha dropout(x_i) A_i^T for rows x (M, k) and factors (K, r, k); (M, r)."""
+    return _shrink(dropped(x, sizes, dropout), a, sizes, way, _scale(dropout, alpha))
 
 
 def expand_(
@@ -62,79 +72,100 @@ def expand_(
     s: Tensor,
     b: Tensor,
     sizes: Sequence[int],
-    keys: Tensor | None,
-    rate: float,
+    dropout: Dropout | None,
     way: str,
+    alpha: float = 1.0,
 ) -> None:
-    """y_i += dropout(s_i B_i^T) in place, for y (M, d), s (M, r) and factors (K, d, r)."""
-    if keys is None:
-        _expand(y, s, b, sizes, way)
+    """y_i += alpha dropout(s_i B_i^T) in place, for y (M, d), s (M, r) and factors (K, d, r)."""
+    if dropout is None:
+        _expand(y, s, b, sizes, way, alpha)
     else:
         change = torch.zeros_like(y)
-        _expand(change, s * upscale(rate), b, sizes, way)
-        y += dropped(change, sizes, keys, rate)
+        _expand(change, s, b, sizes, way, _scale(dropout, alpha))
+        y += dropped(change, sizes, dropout)
 
 
 def factor_grads(
-    g: Tensor, x: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float, way: str
+    g: Tensor,
+    x: Tensor,
+    sizes: Sequence[int],
+    dropout: Dropout | None,
+    way: str,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """g_i^T dropout(x_i) of rows g (M, r) and x (M, k); (K, r, k), zero for groups of no rows."""
-    if keys is not None:
-        g = g * upscale(rate)
-    return _factor_grads(g, dropped(x, sizes, keys, rate), sizes, way)
+    """Gives alpha g_i^T dropout(x_i) of rows g (M, r) and x (M, k); (K, r, k).
+
+    It is zero for groups of no rows.
+    """
+    return _factor_grads(g, dropped(x, sizes, dropout), sizes, way, _scale(dropout, alpha))
 
 
-def _shrink(x: Tensor, a: Tensor, sizes: Sequence[int], way: str) -> Tensor:
+def _scale(dropout: Dropout | None, alpha: float) -> float:
+    return alpha if dropout is None else alpha * dropout.upscale
+
+
+def _bmm(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """The batched product alpha left right in one pass."""
+    if alpha == 1.0:
+        return torch.bmm(left, right)
+    return torch.baddbmm(left.new_zeros(()), left, right, beta=0.0, alpha=alpha)
+
+
+def _shrink(x: Tensor, a: Tensor, sizes: Sequence[int], way: str, alpha: float) -> Tensor:
     if way == "grouped":
-        return F.grouped_mm(x, a.mT, offs=_ends(tuple(sizes), x.device))
+        return F.grouped_mm(x, a.mT, offs=_ends(tuple(sizes), x.device)) * alpha
     if way == "masked":
         clients, _ = places(tuple(sizes), x.device)
         every = (x @ a.flatten(0, 1).T).unflatten(1, a.shape[:2])  # (M, K, r)
         own: Tensor = every[torch.arange(len(x), device=x.device), clients]
-        return own
+        return own * alpha
     if way == "loop":
         s = x.new_empty(len(x), a.shape[1])
         for part, rows, factor in zip(s.split(list(sizes)), x.split(list(sizes)), a, strict=True):
-            torch.mm(rows, factor.T, out=part)
+            torch.addmm(part, rows, factor.T, beta=0.0, alpha=alpha, out=part)
         return s
-    return _flat(torch.bmm(_deep(x, sizes), a.mT), sizes)
+    return _flat(_bmm(_deep(x, sizes), a.mT, alpha), sizes)
 
 
-def _expand(y: Tensor, s: Tensor, b: Tensor, sizes: Sequence[int], way: str) -> None:
+def _expand(y: Tensor, s: Tensor, b: Tensor, sizes: Sequence[int], way: str, alpha: float) -> None:
     if way == "grouped":
-        y += F.grouped_mm(s, b.mT, offs=_ends(tuple(sizes), y.device))
+        # it takes no slice of a wider tensor
+        change = F.grouped_mm(s.contiguous(), b.mT, offs=_ends(tuple(sizes), y.device))
+        y.add_(change, alpha=alpha)
     elif way == "masked":
-        y.addmm_(_wide(s, sizes), b.mT.flatten(0, 1))
+        y.addmm_(_wide(s, sizes), b.mT.flatten(0, 1), alpha=alpha)
     elif way == "loop":
         for out, rows, factor in zip(y.split(list(sizes)), s.split(list(sizes)), b, strict=True):
-            out.addmm_(rows, factor.T)
+            out.addmm_(rows, factor.T, alpha=alpha)
     elif way == "bmm":
-        y.unflatten(0, (len(sizes), sizes[0])).baddbmm_(_deep(s, sizes), b.mT)
+        deep = y.unflatten(0, (len(sizes), sizes[0]))
+        deep.baddbmm_(_deep(s, sizes), b.mT, alpha=alpha)
     else:
-        y += _flat(torch.bmm(_deep(s, sizes), b.mT), sizes)
+        y.add_(_flat(torch.bmm(_deep(s, sizes), b.mT), sizes), alpha=alpha)
 
 
-def _factor_grads(g: Tensor, x: Tensor, sizes: Sequence[int], way: str) -> Tensor:
+def _factor_grads(g: Tensor, x: Tensor, sizes: Sequence[int], way: str, alpha: float) -> Tensor:
     if way == "grouped":
-        grads = F.grouped_mm(g.T, x, offs=_ends(tuple(sizes), x.device))
+        grads = F.grouped_mm(g.contiguous().T, x, offs=_ends(tuple(sizes), x.device)) * alpha
         # what a group of no rows gets is not documented
         for i in (i for i, size in enumerate(sizes) if size == 0):
             grads[i] = 0
         return grads
     if way == "masked":
-        return (_wide(g, sizes).T @ x).view(len(sizes), -1, x.shape[1])
+        return (_wide(g, sizes).T @ x).view(len(sizes), -1, x.shape[1]) * alpha
     if way == "loop":
         grads = x.new_empty(len(sizes), g.shape[1], x.shape[1])
         for out, left, right in zip(grads, g.split(list(sizes)), x.split(list(sizes)), strict=True):
-            torch.mm(left.T, right, out=out)
+            torch.addmm(out, left.T, right, beta=0.0, alpha=alpha, out=out)
         return grads
-    return torch.bmm(_deep(g, sizes).mT, _deep(x, sizes))
+    return _bmm(_deep(g, sizes).mT, _deep(x, sizes), alpha)
 
 
 def _deep(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """(M, k) as (K, n, k), with zero rows below those of a group of fewer than n."""
     if len(set(sizes)) == 1:
-        return x.reshape(len(sizes), sizes[0], x.shape[1])
+        whole: Tensor = x.unflatten(0, (len(sizes), sizes[0]))
+        return whole
     clients, rows = places(tuple(sizes), x.device)
     deep = x.new_zeros(len(sizes), max(sizes), x.shape[1])
     deep[clients, rows] = x

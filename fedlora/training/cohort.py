@@ -175,10 +175,7 @@ class Cohort:
             for name, value in self._rows.tensors(self._rows.values, rows).items()
         }
         stacked.hold({**values, **{name: value[rows] for name, value in self._frozen.items()}})
-        stacked.mask(
-            room,
-            [(client.key, *_size(batch)) for client, batch in zip(clients, batches, strict=True)],
-        )
+        self.adapted.key_dropout(*(client.key for client in clients), room=room)
         device = self._rows.values.device
         batch = join(batches, self.pad_id).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
@@ -203,12 +200,6 @@ class Cohort:
             {**client.training.start.tensors, **trained},
             self._rows.moments(row),
         )
-
-
-def _size(batch: Batch) -> tuple[int, int]:
-    """Rows of a batch, and its tokens (for pictures, more than any layer has)."""
-    ids = batch.inputs.get("input_ids")
-    return (len(batch.target), ids.shape[1] if ids is not None else 2**31)
 
 
 def join(batches: Sequence[Batch], pad_id: int) -> Batch:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.ops.dropout_mask import keep_mask, upscale
+from fedlora.ops.dropout_mask import Dropout, keep_mask
 from tests.kernels.close import seeded
 
 
@@ -35,6 +35,10 @@ class Case:
         """A key of 63 bits for each group."""
         return torch.arange(1, len(self.sizes) + 1) * 1234567890123456789 % 2**62
 
+    def dropout(self, rate):
+        """With a key for each group, and examples of three tokens; None for a rate of zero."""
+        return Dropout(rate, self.keys(), 3, 987654321) if rate else None
+
 
 CASES = (
     # ragged, with a group of none and one of one, and nothing a multiple of anything
@@ -48,14 +52,22 @@ CASES = (
 )
 
 
-def masked(x, case, keys, rate):
+def mask_of(dropout, rows, columns):
+    """The mask of one client's rows, which are examples of `dropout.tokens` tokens."""
+    at = torch.arange(rows)
+    places = (at // dropout.tokens, at % dropout.tokens)
+    return keep_mask(dropout.key.reshape(1), *places, columns, dropout)
+
+
+def masked(x, case, dropout):
     """dropout(x) of the groups' rows, in float64, group by group."""
-    if keys is None:
+    if dropout is None:
         return x.double()
     parts = []
-    for key, part in zip(keys, x.split(case.sizes), strict=True):
-        kept = keep_mask(key, torch.arange(len(part)), x.shape[1], rate)
-        parts.append(part.double() * kept * upscale(rate))
+    for key, part in zip(dropout.key, x.split(case.sizes), strict=True):
+        own = Dropout(dropout.rate, key, dropout.tokens, dropout.stream)
+        kept = mask_of(own, len(part), x.shape[1])
+        parts.append(part.double() * kept * dropout.upscale)
     return torch.cat(parts)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.counting import counted, frozen, ours, ours_apart, ours_dropped, plain
+from benchmarks.kernels.wired import wired
 
 TOKENS = 8192
 
@@ -16,6 +17,15 @@ TOKENS = 8192
 @pytest.mark.parametrize("layer", ["1B", "8B"])
 def test_kernels(forward, layer):
     assert counted(forward, layer, TOKENS, torch.bfloat16).kernels <= 47
+
+
+@pytest.mark.parametrize("layer", ["1B", "8B"])
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_kernels_as_the_model_runs_them(layer, rate):
+    """Float32 masters add their casts: of four stacked A, seven B, and of the gradients."""
+    kernels = wired(layer, torch.bfloat16, rate)
+    assert kernels <= 47
+    assert wired(layer, torch.float32, rate) - kernels <= 2 * (4 + 7)
 
 
 def test_factors_apart_cost_a_copy_for_each_input_of_several():

@@ -6,45 +6,45 @@ import pytest
 import torch
 
 from fedlora.ops import row_ops
-from fedlora.ops.dropout_mask import Dropout, keep_mask, philox, upscale
+from fedlora.ops.dropout_mask import Dropout, keep_mask, philox
 from fedlora.ops.dropout_shrink import dropout_shrink
 from tests.kernels.close import assert_close, seeded
 from tests.kernels.conftest import GPU
-from tests.kernels.low_rank import normal
+from tests.kernels.low_rank import mask_of, normal
 
 KEY = 0x0123456789ABCDEF
 
 
-def drop(rate, key=KEY):
-    return Dropout(rate, torch.tensor(key))
+def drop(rate, key=KEY, tokens=1, stream=0):
+    return Dropout(rate, torch.tensor(key), tokens, stream)
 
 
 def test_known_answers_of_the_generator():
-    """kat_vectors of Random123 for philox4x32-10, https://github.com/DEShawResearch/random123."""
-    zero = torch.zeros((), dtype=torch.int64)
-    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    """kat_vectors of Random123 for philox4x32-7, https://github.com/DEShawResearch/random123."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    words = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     assert [int(w) for w in philox(zero, [zero] * 4)] == words
     counter = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
-    key = torch.tensor(0x299F31D0A4093822)
-    words = [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    key = torch.tensor([0x299F31D0A4093822])
+    words = [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]
     assert [int(w) for w in philox(key, [zero + c for c in counter])] == words
 
 
 def test_an_entry_takes_its_16_bits_of_its_draw():
-    """Column 8 g + 2 w + h is half h of word w of the counter (g, row, 0, 0)."""
-    zero = torch.zeros((), dtype=torch.int64)
-    words = philox(zero + KEY, [zero + 1, zero + 5, zero, zero])
+    """Column 8 g + 2 w + h is half h of word w of the counter (g, token, example, stream)."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    words = philox(zero + KEY, [zero + 1, zero + 2, zero + 1, zero + 9])
     draws = [int(word) >> 16 * half & 0xFFFF for word in words for half in (0, 1)]
     for rate in (0.1, 0.5, 0.9):
-        kept = keep_mask(zero + KEY, zero[None] + 5, 13, rate)[0, 8:]
+        kept = mask_of(drop(rate, KEY, 3, 9), 6, 13)[5, 8:]
         assert kept.tolist() == [d >= round(rate * 65536) for d in draws[:5]]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.99])
 def test_rate_and_independence(rate):
     """Within five standard deviations; neighbours in a row, in a column and in a draw."""
-    kept = keep_mask(torch.tensor(KEY), torch.arange(400), 800, rate).double()
-    share = 1.0 / upscale(rate)
+    kept = mask_of(drop(rate, tokens=20), 400, 800).double()
+    share = 1.0 / drop(rate).upscale
     assert abs(share - (1.0 - rate)) < 1e-5
     deviation = math.sqrt(share * (1.0 - share) / kept.numel())
     assert abs(float(kept.mean()) - share) <= 5 * deviation
@@ -55,24 +55,25 @@ def test_rate_and_independence(rate):
         assert abs(float(product.mean())) <= 5 * variance / math.sqrt(kept.numel())
 
 
-def test_other_keys_other_masks():
-    """Also if they differ only above 32 bits."""
-    rows = torch.arange(50)
-    masks = [keep_mask(torch.tensor(k), rows, 64, 0.5) for k in (KEY, KEY + 1, KEY + 2**40)]
+def test_other_keys_and_streams_other_masks():
+    """Also if keys differ only above 32 bits."""
+    masks = [mask_of(drop(0.5, key), 50, 64) for key in (KEY, KEY + 1, KEY + 2**40)]
+    masks += [mask_of(drop(0.5, stream=stream), 50, 64) for stream in (1, 2**31 - 1)]
     for i, one in enumerate(masks):
         for other in masks[:i]:
             assert abs(float((one == other).double().mean()) - 0.5) < 0.05
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", [5, 64, 100])
-def test_kernels_have_the_mask_of_the_definition(kind, width, monkeypatch):
+@pytest.mark.parametrize(("width", "tokens"), [(5, 1), (64, 70), (100, 8)])
+def test_kernels_have_the_mask_of_the_definition(kind, width, tokens, monkeypatch):
     """Bit for bit: the identity as a factor shows every entry, forward and backward."""
     monkeypatch.setenv("FEDLORA_OPS", "triton" if GPU else "interpret")
     rows, keys, way = 70, torch.tensor([KEY]), row_ops.TRITON
-    kept = keep_mask(keys[0], torch.arange(rows), width, 0.3)
+    dropout = Dropout(0.3, keys, tokens, 2**31 - 5)
+    kept = mask_of(dropout, rows, width)
     ones, eye = torch.ones(rows, width, dtype=kind), torch.eye(width, dtype=kind)
-    tail = ([rows], keys, 0.3, way)
+    tail = ([rows], dropout, way)
     assert torch.equal(row_ops.shrink(ones, eye[None], *tail) != 0, kept)
     back = torch.zeros(rows, width, dtype=kind)
     row_ops.expand_(back, ones, eye[None], *tail)
@@ -82,9 +83,13 @@ def test_kernels_have_the_mask_of_the_definition(kind, width, monkeypatch):
 
 
 def test_a_row_far_down_has_a_mask_of_its_own():
-    """Rows and columns count apart, so that no product of both overflows."""
-    rows = torch.tensor([0, 2**31 - 1, 2**31 - 2])
-    masks = keep_mask(torch.tensor(KEY), rows, 4096, 0.5)
+    """Examples, tokens and columns count apart, so that no product of them overflows."""
+    zero, key = torch.zeros(3, dtype=torch.int64), torch.tensor([KEY])
+    far = torch.tensor([0, 2**31 - 1, 2**31 - 2])
+    masks = [
+        *keep_mask(key, far, zero, 4096, drop(0.5)),
+        *keep_mask(key, zero, far, 4096, drop(0.5))[1:],
+    ]
     for i, one in enumerate(masks):
         for other in masks[:i]:
             assert abs(float((one == other).double().mean()) - 0.5) < 0.05
@@ -94,10 +99,10 @@ def test_a_row_far_down_has_a_mask_of_its_own():
 def test_equals_a_masked_product(impl, kind):
     x = normal(3, 11, 40, seed=1, dtype=kind).requires_grad_()
     a = normal(6, 40, seed=2, dtype=kind).requires_grad_()
-    mask = keep_mask(torch.tensor(KEY), torch.arange(33), 40, 0.2).view(3, 11, 40).double()
+    mask = mask_of(drop(0.2, tokens=11), 33, 40).view(3, 11, 40).double()
     wide_x, wide_a = (t.detach().double().requires_grad_() for t in (x, a))
-    expected = (wide_x * mask * upscale(0.2)) @ wide_a.T
-    found = dropout_shrink(x, a, drop(0.2))
+    expected = (wide_x * mask * drop(0.2).upscale) @ wide_a.T
+    found = dropout_shrink(x, a, drop(0.2, tokens=11))
     g = torch.randn(3, 11, 6, generator=seeded(3), dtype=torch.float64)
     pairs = zip(
         (found, *torch.autograd.grad(found, (x, a), g.to(kind))),
@@ -123,11 +128,15 @@ def test_compiles_without_a_break():
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.9])
 def test_only_the_input_is_kept(rate):
-    x, a = normal(64, 32, seed=1).requires_grad_(), normal(4, 32, seed=2).requires_grad_()
+    """On a processor also the mask, a byte for each entry."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        dropout_shrink(x, a, drop(rate))
-    assert sorted(t.numel() for t in kept) == [1, a.numel(), x.numel()]
+        for device in ("meta", "cuda" if GPU else "cpu"):
+            x, a = (torch.ones(*shape, device=device) for shape in ((64, 32), (4, 32)))
+            key = torch.tensor(KEY, device=device)
+            dropout_shrink(x.requires_grad_(), a.requires_grad_(), Dropout(rate, key))
+    assert sorted(t.numel() for t in kept if t.is_meta) == [1, a.numel(), x.numel()]
+    assert [t.dtype for t in kept if t.device.type == "cpu"].count(torch.bool) == (not GPU)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 0.999999, float("nan")])

@@ -1,12 +1,13 @@
 """Several clients' rows at once against `lora_linear` on each client's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fedlora.ops.dropout_mask import Dropout
 from fedlora.ops.lora_linear import lora_linear
-from fedlora.ops.multi_lora import multi_lora
+from fedlora.ops.multi_lora import multi_lora, multi_loras
 from tests.kernels.close import assert_close
 from tests.kernels.conftest import GPU
 from tests.kernels.low_rank import CASES, normal
@@ -24,7 +25,7 @@ class Setting:
         self.bias = normal(case.out, seed=2, dtype=kind) if bias else None
         self.a = normal(clients, case.rank, case.inp, seed=3, dtype=factors).requires_grad_()
         self.b = normal(clients, case.out, case.rank, seed=4, dtype=factors).requires_grad_()
-        self.scales = 1.0 + torch.arange(clients, dtype=factors) / 4
+        self.scale = 1.25
         self.g = normal(case.rows, case.out, seed=5, dtype=kind)
 
     @property
@@ -32,7 +33,7 @@ class Setting:
         return self.x, self.a, self.b
 
     def dropout(self, rate):
-        return Dropout(rate, self.case.keys()) if rate else None
+        return self.case.dropout(rate)
 
     def run(self, rate=0.0, way=None):
         return multi_lora(
@@ -40,7 +41,7 @@ class Setting:
             self.weight,
             self.bias,
             *self.inputs[1:],
-            self.scales,
+            self.scale,
             self.case.sizes,
             self.dropout(rate),
             way=way,
@@ -48,7 +49,7 @@ class Setting:
 
     def alone(self, rate=0.0):
         """Client by client."""
-        keys = self.case.keys()
+        keys, dropout = self.case.keys(), self.dropout(rate)
         return torch.cat(
             [
                 lora_linear(
@@ -57,8 +58,8 @@ class Setting:
                     self.bias,
                     self.a[i],
                     self.b[i],
-                    float(self.scales[i]),
-                    Dropout(rate, keys[i]) if rate else None,
+                    self.scale,
+                    dropout and replace(dropout, key=keys[i]),
                 )
                 for i, rows in enumerate(self.x.split(self.case.sizes))
             ]
@@ -94,10 +95,49 @@ def test_every_way_is_the_same(way):
 def test_equal_clients_may_come_as_a_block():
     setting = Setting(CASES[3])
     x = setting.x.detach().view(2, 32, -1).requires_grad_()
-    y = multi_lora(x, setting.weight, setting.bias, setting.a, setting.b, setting.scales)
+    y = multi_lora(x, setting.weight, setting.bias, setting.a, setting.b, setting.scale)
     assert_close(y.flatten(0, 1), setting.alone(), 1e-12)
     (dx,) = torch.autograd.grad(y, x, setting.g.view(y.shape))
     assert_close(dx.flatten(0, 1), setting.results(setting.alone())[1], 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("unused", [None, 1])
+def test_linears_of_one_input_together(impl, case, rate, unused, monkeypatch):
+    """Of other ranks and widths; also if nothing is made of one of them."""
+    clients, scales = len(case.sizes), (1.5, 0.5, 2.0)
+    x = normal(case.rows, case.inp, seed=0, dtype=torch.float32).requires_grad_()
+    weights = [normal(case.out + i, case.inp, seed=1 + i, dtype=torch.float32) for i in range(3)]
+    ranks = [case.rank, case.rank + 2, 1]
+    a_s = [normal(clients, r, case.inp, seed=5 + r, dtype=torch.float32) for r in ranks]
+    b_s = [
+        normal(clients, len(w), r, seed=9 + r, dtype=torch.float32)
+        for w, r in zip(weights, ranks, strict=True)
+    ]
+    inputs = [t.requires_grad_() for t in (x, *a_s, *b_s)]
+    dropout = case.dropout(rate)
+    found = multi_loras(x, weights, [None] * 3, a_s, b_s, scales, case.sizes, dropout)
+    monkeypatch.setenv("FEDLORA_OPS", "torch")
+    alone = [
+        multi_lora(x, w, None, a, b, scale, case.sizes, dropout)
+        for w, a, b, scale in zip(weights, a_s, b_s, scales, strict=True)
+    ]
+    for one, other in zip(found, alone, strict=True):
+        assert_close(one, other, 1e-5)
+    used = [i for i in range(3) if i != unused]
+    grads = [
+        torch.autograd.grad(
+            [ys[i] for i in used],
+            inputs,
+            [normal(*ys[i].shape, seed=20 + i, dtype=torch.float32) for i in used],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for ys in (found, alone)
+    ]
+    for one, other in zip(*grads, strict=True):
+        assert_close(one, other, 1e-5)
 
 
 @pytest.mark.parametrize("batch", [(0, 1), (1, 2), (0, 2), (2, 1, 0)])
@@ -112,9 +152,9 @@ def test_a_clients_mask_does_not_depend_on_the_others(batch):
         setting.bias,
         setting.a[chosen],
         setting.b[chosen],
-        setting.scales[chosen],
+        setting.scale,
         [case.sizes[i] for i in chosen],
-        Dropout(0.3, keys[chosen]),
+        replace(setting.dropout(0.3), key=keys[chosen]),
     )
     assert_close(y, torch.cat([whole.split(case.sizes)[i] for i in chosen]), 1e-14)
 
@@ -149,7 +189,7 @@ def test_gradcheck():
             setting.bias,
             a,
             b,
-            setting.scales,
+            setting.scale,
             setting.case.sizes,
             setting.dropout(0.3),
         )
@@ -211,6 +251,6 @@ def test_sizes_must_add_up():
             None,
             setting.a,
             setting.b,
-            setting.scales,
+            setting.scale,
             setting.case.sizes,
         )

@@ -27,32 +27,33 @@ def way_and_kind(request, monkeypatch):
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_products_are_those_of_each_group(way_and_kind, case, rate):
     way, kind = way_and_kind
-    keys = case.keys() if rate else None
+    dropout = case.dropout(rate)
     x = normal(case.rows, case.inp, seed=1, dtype=kind, margin=3)
     y = normal(case.rows, case.inp, seed=2, dtype=kind, margin=5)
     a = normal(len(case.sizes), case.rank, case.inp, seed=3, dtype=kind)
     g = normal(case.rows, case.rank, seed=4, dtype=kind, margin=2)
-    dropped = masked(x, case, keys, rate)
+    dropped = masked(x, case, dropout)
     s = torch.cat(
         [part @ f.double().T for part, f in zip(dropped.split(case.sizes), a, strict=True)]
     )
     bound = BOUNDS[kind]
-    assert_close(row_ops.shrink(x, a, case.sizes, keys, rate, way), s, bound)
+    assert_close(row_ops.shrink(x, a, case.sizes, dropout, way), s, bound)
+    assert_close(row_ops.shrink(x, a, case.sizes, dropout, way, 0.25), 0.25 * s, bound)
 
     grads = [
         left.double().T @ right
         for left, right in zip(g.split(case.sizes), dropped.split(case.sizes), strict=True)
     ]
-    found = row_ops.factor_grads(g, x, case.sizes, keys, rate, way)
-    assert_close(found, torch.stack(grads), 1.5 * bound)
+    found = row_ops.factor_grads(g, x, case.sizes, dropout, way, 0.25)
+    assert_close(found, 0.25 * torch.stack(grads), 1.5 * bound)
     for size, grad in zip(case.sizes, found, strict=True):
         assert size or not grad.any()
 
     change = torch.cat(
         [part.double() @ f.double() for part, f in zip(g.split(case.sizes), a, strict=True)]
     )
-    expected = y.double() + masked(change, case, keys, rate)
-    row_ops.expand_(y, g, a.mT, case.sizes, keys, rate, way)
+    expected = y.double() + 0.25 * masked(change, case, dropout)
+    row_ops.expand_(y, g, a.mT, case.sizes, dropout, way, 0.25)
     assert_close(y, expected, bound)
 
 
@@ -65,10 +66,10 @@ def test_grouped_product_of_torch(kind):
     a = normal(3, case.rank, case.inp, seed=2, dtype=kind)
     if GPU and kind != torch.bfloat16:
         pytest.skip("bfloat16 only")
-    s = row_groups.shrink(x, a, sizes, None, 0.0, "grouped")
-    assert_close(s, row_groups.shrink(x.double(), a.double(), sizes, None, 0.0, "loop"), 8e-3)
-    found = row_groups.factor_grads(s, x, sizes, None, 0.0, "grouped")
-    expected = row_groups.factor_grads(s.double(), x.double(), sizes, None, 0.0, "loop")
+    s = row_groups.shrink(x, a, sizes, None, "grouped")
+    assert_close(s, row_groups.shrink(x.double(), a.double(), sizes, None, "loop"), 8e-3)
+    found = row_groups.factor_grads(s, x, sizes, None, "grouped")
+    expected = row_groups.factor_grads(s.double(), x.double(), sizes, None, "loop")
     assert_close(found, expected, 8e-3)
     assert not found[1].any()
 
@@ -121,12 +122,12 @@ def test_a_diverged_client_stays_alone(way, monkeypatch):
         for i, shape in enumerate([(7, 6), (7, 5), (2, 2, 6), (2, 5, 2)])
     )
     x[3:], dy[3:], a[1], b[1] = float("nan"), float("inf"), float("nan"), float("inf")
-    s = row_ops.shrink(x, a, sizes, None, 0.0, way)
+    s = row_ops.shrink(x, a, sizes, None, way)
     y = torch.zeros(7, 5)
-    row_ops.expand_(y, s, b, sizes, None, 0.0, way)
+    row_ops.expand_(y, s, b, sizes, None, way)
     assert y[:3].isfinite().all()
     assert not y[3:].isfinite().any()
-    assert row_ops.factor_grads(s, x, sizes, None, 0.0, way)[0].isfinite().all()
+    assert row_ops.factor_grads(s, x, sizes, None, way)[0].isfinite().all()
     ds = torch.empty(7, 2)
     assert grouped_ds_db(dy, b, s, sizes, 1.0, ds)[0].isfinite().all()
     assert ds[:3].isfinite().all()
@@ -134,7 +135,7 @@ def test_a_diverged_client_stays_alone(way, monkeypatch):
 
 def _op_arguments(keys):
     x, s, a = normal(5, 6, seed=1), normal(5, 2, seed=2), normal(2, 2, 6, seed=3)
-    tail = ([2, 3], keys, 0.25, "loop")
+    tail = ([2, 3], keys, 0.25, 2, 5, "loop", 0.5)
     return {
         "row_shrink": (x, a, *tail),
         "row_expand_": (x.clone(), s, a.mT.contiguous(), *tail),

@@ -178,12 +178,14 @@ def test_whatever_the_settings(llama, change):
     assert_equal(together(made, given, settings), one_by_one(made, given, settings), 1e-12)
 
 
-def test_dropout_has_every_clients_own_masks(llama):
-    made = adapted(llama, dropout=0.5)
+@pytest.mark.parametrize("targets", [None, "all-linear"], ids=["apart", "siblings"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_dropout_has_every_clients_own_masks(llama, method, targets):
+    made = adapted(llama, method, dropout=0.5, targets=targets)
     given = trainings(made)
     expected = one_by_one(made, given, ADAMW)
     assert_equal(together(made, given, ADAMW), expected, 1e-12)
-    without = adapted(llama)
+    without = adapted(llama, method, targets=targets)
     assert one_by_one(without, given, ADAMW)[0].loss != pytest.approx(expected[0].loss, rel=1e-3)
 
 
@@ -194,6 +196,19 @@ def test_moments_of_earlier_rounds_are_gone_on_with(llama):
     given = [
         replace(training, moments=result.moments if place else {})
         for place, (training, result) in enumerate(zip(trainings(made), earlier, strict=True))
+    ]
+    assert_equal(together(made, given, ADAMW), one_by_one(made, given, ADAMW), 1e-12)
+
+
+@pytest.mark.parametrize("factors", [("A", "B"), ("B",)], ids=str)
+def test_linears_of_one_input(llama, factors):
+    """Frozen factors are the same for all clients, and held once."""
+    made = adapted(llama, targets="all-linear")
+    given = [
+        replace(training, start=trainings(made, factors)[0].start)
+        if factors == ("B",)
+        else training
+        for training in trainings(made, factors)
     ]
     assert_equal(together(made, given, ADAMW), one_by_one(made, given, ADAMW), 1e-12)
 

@@ -6,15 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora.ops.dropout_mask import threshold, upscale
+from fedlora.ops.dropout_mask import Dropout
 from fedlora.ops.kernels.aot_case import AotCase
 from fedlora.ops.kernels.parts import rows as rows_part
 from fedlora.ops.kernels.row_blocks import (
+    MASK_SIGNATURE,
     blocks,
-    key_of,
     many,
+    mask_arguments,
     narrow,
     rank_tile,
+    scale_of,
 )
 
 # bytes of a number -> (rows, columns, most ranks at once, warps)
@@ -27,7 +29,6 @@ def expand_kernel(
     s,  # (M, R)
     b,  # (groups, N, R)
     table,
-    keys,  # (groups,) int64, or anything without DROPOUT
     M,
     N,
     R,
@@ -37,8 +38,11 @@ def expand_kernel(
     stride_bg,
     stride_bn,
     stride_br,
+    keys,  # (groups,) int64, or anything without DROPOUT
+    tokens,
+    stream,
     threshold,
-    upscale,
+    scale,
     TABLE: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -73,14 +77,16 @@ def expand_kernel(
     y += rows.to(tl.int64)[:, None] * stride_y + cols[None, :]
     if DROPOUT:
         key = tl.load(keys + group)
-        kept = rows_part.keep(key, rows - start, column, threshold, BLOCK_M, BLOCK_N)
-        total = tl.where(kept, total * upscale, 0.0)
-    sum = tl.load(y, mask=inside, other=0.0).to(tl.float32) + total
+        kept = rows_part.keep(
+            key, rows - start, tokens, stream, column, threshold, BLOCK_M, BLOCK_N
+        )
+        total = tl.where(kept, total, 0.0)
+    sum = tl.load(y, mask=inside, other=0.0).to(tl.float32) + total * scale
     tl.store(y, sum.to(y.dtype.element_ty), mask=inside)
 
 
 def expand_(
-    y: Tensor, s: Tensor, b: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float
+    y: Tensor, s: Tensor, b: Tensor, sizes: Sequence[int], dropout: Dropout | None, alpha: float
 ) -> None:
     """In place, for y (M, d), s (M, r) and b (K, d, r) of any strides; see `row_groups.expand_`."""
     assert y.stride(1) == 1
@@ -94,17 +100,16 @@ def expand_(
         s,
         b,
         table,
-        key_of(keys, table),
         len(y),
         out,
         rank,
         y.stride(0),
         *s.stride(),
         *b.stride(),
-        threshold(rate),
-        1.0 if keys is None else upscale(rate),
+        *mask_arguments(dropout, table),
+        scale_of(dropout, alpha),
         TABLE=many(sizes),
-        DROPOUT=keys is not None,
+        DROPOUT=dropout is not None,
         WIDEN=narrow(y),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -117,9 +122,10 @@ def _case(kind: str, rank: int, dropout: bool, table: bool) -> AotCase:
     block_m, block_n, most, warps = CONFIGS[4 if kind == "fp32" else 2]
     numbers = ("M", "N", "R", "stride_y", "stride_sm", "stride_sr", "stride_bg", "stride_bn")
     signature = {
-        **{"y": f"*{kind}", "s": f"*{kind}", "b": f"*{kind}", "table": "*i32", "keys": "*i64"},
-        **dict.fromkeys((*numbers, "stride_br", "threshold"), "i32"),
-        "upscale": "fp32",
+        **{"y": f"*{kind}", "s": f"*{kind}", "b": f"*{kind}", "table": "*i32"},
+        **dict.fromkeys((*numbers, "stride_br"), "i32"),
+        **MASK_SIGNATURE,
+        "scale": "fp32",
     }
     return AotCase(
         expand_kernel,

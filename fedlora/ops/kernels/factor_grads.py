@@ -10,16 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora.ops.dropout_mask import threshold, upscale
+from fedlora.ops.dropout_mask import Dropout
 from fedlora.ops.kernels.aot_case import AotCase
 from fedlora.ops.kernels.parts import rows as rows_part
 from fedlora.ops.kernels.row_blocks import (
+    MASK_SIGNATURE,
     blocks,
-    key_of,
     many,
+    mask_arguments,
     narrow,
     rank_tile,
     rows_of,
+    scale_of,
     sum_parts,
 )
 
@@ -33,13 +35,15 @@ def factor_grads_kernel(
     x,  # (M, K)
     parts,  # (chunks, R, K) float32
     table,
-    keys,  # (groups,) int64, or anything without DROPOUT
     M,
     K,
     R,
     stride_gm,
     stride_gr,
     stride_x,
+    keys,  # (groups,) int64, or anything without DROPOUT
+    tokens,
+    stream,
     threshold,
     TABLE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -71,7 +75,9 @@ def factor_grads_kernel(
             other=0.0,
         )
         if DROPOUT:
-            kept = rows_part.keep(key, rows - start, column, threshold, BLOCK_M, BLOCK_K)
+            kept = rows_part.keep(
+                key, rows - start, tokens, stream, column, threshold, BLOCK_M, BLOCK_K
+            )
             left = tl.where(kept, left, tl.zeros_like(left))
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
@@ -85,7 +91,7 @@ def factor_grads_kernel(
 
 
 def factor_grads(
-    g: Tensor, x: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float
+    g: Tensor, x: Tensor, sizes: Sequence[int], dropout: Dropout | None, alpha: float
 ) -> Tensor:
     """(K, r, k) of rows g (M, r) and x (M, k); see `row_groups.factor_grads`."""
     x = rows_of(x)
@@ -100,15 +106,14 @@ def factor_grads(
             x,
             parts,
             table,
-            key_of(keys, table),
             len(x),
             width,
             rank,
             *g.stride(),
             x.stride(0),
-            threshold(rate),
+            *mask_arguments(dropout, table),
             TABLE=many(sizes),
-            DROPOUT=keys is not None,
+            DROPOUT=dropout is not None,
             WIDEN=narrow(x),
             CHUNK=chunk,
             BLOCK_M=block_m,
@@ -118,16 +123,17 @@ def factor_grads(
             num_stages=stages,
         )
     grads = torch.empty(len(sizes), rank, width, dtype=x.dtype, device=x.device)
-    sum_parts(parts, bounds, grads, 1.0 if keys is None else upscale(rate))
+    sum_parts(parts, bounds, grads, scale_of(dropout, alpha))
     return grads
 
 
 def _case(kind: str, rank: int, dropout: bool, table: bool) -> AotCase:
     chunk, block_m, block_k, most, warps, stages = CONFIGS[4 if kind == "fp32" else 2]
-    numbers = ("M", "K", "R", "stride_gm", "stride_gr", "stride_x", "threshold")
+    numbers = ("M", "K", "R", "stride_gm", "stride_gr", "stride_x")
     signature = {
-        **{"g": f"*{kind}", "x": f"*{kind}", "parts": "*fp32", "table": "*i32", "keys": "*i64"},
+        **{"g": f"*{kind}", "x": f"*{kind}", "parts": "*fp32", "table": "*i32"},
         **dict.fromkeys(numbers, "i32"),
+        **MASK_SIGNATURE,
     }
     return AotCase(
         factor_grads_kernel,

@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedlora.ops.dropout_mask import Dropout, threshold
 from fedlora.ops.kernels.aot_case import AotCase
 
 SUM_BLOCK = 1024
 SUM_WARPS = 4
+# types of `mask_arguments`
+MASK_SIGNATURE = {"keys": "*i64", "tokens": "i32", "stream": "i32", "threshold": "i32"}
 
 
 @triton.jit
@@ -94,9 +97,16 @@ def rank_tile(rank: int, most: int) -> int:
     return min(most, max(16, 1 << (rank - 1).bit_length()))
 
 
-def key_of(keys: Tensor | None, other: Tensor) -> Tensor:
-    """An argument for the keys, also where there are none."""
-    return other if keys is None else keys
+def mask_arguments(dropout: Dropout | None, other: Tensor) -> tuple[Tensor, int, int, int]:
+    """Keys, tokens, stream and threshold for a launch, also where nothing is dropped."""
+    if dropout is None:
+        return other, 1, 0, 0
+    return dropout.key, dropout.tokens, dropout.stream, threshold(dropout.rate)
+
+
+def scale_of(dropout: Dropout | None, alpha: float) -> float:
+    """What a product with a masked side is multiplied by."""
+    return alpha if dropout is None else alpha * dropout.upscale
 
 
 def many(sizes: Sequence[int]) -> bool:

@@ -7,16 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora.ops.dropout_mask import threshold, upscale
+from fedlora.ops.dropout_mask import Dropout
 from fedlora.ops.kernels.aot_case import AotCase
 from fedlora.ops.kernels.parts import rows as rows_part
 from fedlora.ops.kernels.row_blocks import (
+    MASK_SIGNATURE,
     blocks,
-    key_of,
     many,
+    mask_arguments,
     narrow,
     rank_tile,
     rows_of,
+    scale_of,
 )
 
 # bytes of a number -> (rows, columns at once, most ranks, warps, stages)
@@ -29,7 +31,6 @@ def shrink_kernel(
     a,  # (groups, R, K)
     s,  # (M, R), contiguous
     table,
-    keys,  # (groups,) int64, or anything without DROPOUT
     M,
     K,
     R,
@@ -37,8 +38,11 @@ def shrink_kernel(
     stride_ag,
     stride_ar,
     stride_ak,
+    keys,  # (groups,) int64, or anything without DROPOUT
+    tokens,
+    stream,
     threshold,
-    upscale,
+    scale,
     TABLE: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -66,19 +70,23 @@ def shrink_kernel(
             other=0.0,
         )
         if DROPOUT:
-            kept = rows_part.keep(key, rows - start, column, threshold, BLOCK_M, BLOCK_K)
+            kept = rows_part.keep(
+                key, rows - start, tokens, stream, column, threshold, BLOCK_M, BLOCK_K
+            )
             left = tl.where(kept, left, tl.zeros_like(left))
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision="ieee")
     tl.store(
         s + rows.to(tl.int64)[:, None] * R + ranks[None, :],
-        (total * upscale).to(s.dtype.element_ty),
+        (total * scale).to(s.dtype.element_ty),
         mask=(rows[:, None] < end) & (ranks[None, :] < R),
     )
 
 
-def shrink(x: Tensor, a: Tensor, sizes: Sequence[int], keys: Tensor | None, rate: float) -> Tensor:
+def shrink(
+    x: Tensor, a: Tensor, sizes: Sequence[int], dropout: Dropout | None, alpha: float
+) -> Tensor:
     """(M, r) of rows x (M, k) and factors a (K, r, k) of any strides; see `row_groups.shrink`."""
     x = rows_of(x)
     block_m, block_k, most, warps, stages = CONFIGS[x.dtype.itemsize]
@@ -92,16 +100,15 @@ def shrink(x: Tensor, a: Tensor, sizes: Sequence[int], keys: Tensor | None, rate
             a,
             s,
             table,
-            key_of(keys, table),
             len(x),
             x.shape[1],
             rank,
             x.stride(0),
             *a.stride(),
-            threshold(rate),
-            1.0 if keys is None else upscale(rate),
+            *mask_arguments(dropout, table),
+            scale_of(dropout, alpha),
             TABLE=many(sizes),
-            DROPOUT=keys is not None,
+            DROPOUT=dropout is not None,
             WIDEN=narrow(x),
             BLOCK_M=block_m,
             BLOCK_K=block_k,
@@ -114,11 +121,12 @@ def shrink(x: Tensor, a: Tensor, sizes: Sequence[int], keys: Tensor | None, rate
 
 def _case(kind: str, rank: int, dropout: bool, table: bool) -> AotCase:
     block_m, block_k, most, warps, stages = CONFIGS[4 if kind == "fp32" else 2]
-    numbers = ("M", "K", "R", "stride_x", "stride_ag", "stride_ar", "stride_ak", "threshold")
+    numbers = ("M", "K", "R", "stride_x", "stride_ag", "stride_ar", "stride_ak")
     signature = {
-        **{"x": f"*{kind}", "a": f"*{kind}", "s": f"*{kind}", "table": "*i32", "keys": "*i64"},
+        **{"x": f"*{kind}", "a": f"*{kind}", "s": f"*{kind}", "table": "*i32"},
         **dict.fromkeys(numbers, "i32"),
-        "upscale": "fp32",
+        **MASK_SIGNATURE,
+        "scale": "fp32",
     }
     return AotCase(
         shrink_kernel,

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from fedlora.ops import dropout_mask
+
+ROUNDS = tl.constexpr(dropout_mask.ROUNDS)
+
 
 @triton.jit
 def row_block(table, M, TABLE: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -22,15 +26,21 @@ def row_block(table, M, TABLE: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def keep(key, rows, column, threshold, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+def keep(key, rows, tokens, stream, column, threshold, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """`fedlora.ops.dropout_mask.keep_mask` of columns `column` to `column + BLOCK`, [BM, BLOCK].
 
-    `column` is a multiple of 8, and `rows` are numbers within the group, [BM].
+    `column` is a multiple of 8, `rows` are numbers within the group, [BM], and `tokens` of them
+    are one example.
     """
     groups = (column // 8 + tl.arange(0, BLOCK // 8)).to(tl.int32)
     zero = tl.zeros((BLOCK_M, BLOCK // 8), dtype=tl.int32)
     w0, w1, w2, w3 = tl.philox(
-        key, zero + groups[None, :], zero + rows.to(tl.int32)[:, None], zero, zero
+        key,
+        zero + groups[None, :],
+        zero + (rows % tokens).to(tl.int32)[:, None],
+        zero + (rows // tokens).to(tl.int32)[:, None],
+        zero + stream,
+        n_rounds=ROUNDS,
     )
     # joined dimensions are high bit of the word, low bit of the word, half of it
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
