@@ -191,8 +191,7 @@ class Cohort:
         client = self._clients[row]
         if client.error is not None:
             return client.error
-        values = self._rows.tensors(self._rows.values, slice(row, row + 1))
-        trained = {name: value[0].cpu().clone() for name, value in values.items()}
+        trained = self._rows.client(self._rows.values, row)
         return LocalResult(
             client.loss / client.count if client.count else None,
             client.count,
