@@ -65,6 +65,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     federation = Federation(job, loaded, emit=keep)
     store = federation.start(folder / "run")
     gc.collect()
+    # as the command line does
+    gc.freeze()
     before = _rss("VmRSS")
     _reset_peak()
     federation.run(store)
