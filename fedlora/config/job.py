@@ -157,7 +157,7 @@ class TrainingSection(Section):
     """bf16 runs the forward pass under autocast."""
     compile: bool = False
     """Run the model's layers by torch.compile, which takes minutes on first use; equal up to
-    rounding. Not with dropout on the adapter, nor with record-level privacy."""
+    rounding. Not with record-level privacy."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     optimizer_state: Literal["reset", "keep"] = "reset"
@@ -355,11 +355,6 @@ class Job(Section):
                 )
         if federation.secure_aggregation:
             problems += secure_misfits(self)
-        if self.training.compile and self.adapter.dropout:
-            problems.append(
-                f"adapter.dropout = {self.adapter.dropout:g} has a new key every step, for which "
-                "training.compile = true would compile again; set one of them to 0 or false"
-            )
         if any(hostile.kind == "label-flip" for hostile in self.scenario.hostile) and (
             self.model.task == "causal-lm"
         ):

@@ -1,5 +1,7 @@
 """training.compile: the same training, by compiled layers."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -21,8 +23,9 @@ def without_a_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-def prepared(make_job, **training):
-    job = make_job(training={"local_steps": 3, "batch_size": 2, **training})
+def prepared(make_job, dropout=0.0, **training):
+    settings = {"local_steps": 3, "batch_size": 2, **training}
+    job = make_job(training=settings, adapter={"dropout": dropout})
     loaded = load(job)
     return loaded, next(iter(loaded.data.clients.values())).train, job
 
@@ -38,17 +41,19 @@ def one_round(loaded, examples, job, number):
     )
 
 
-def trained(make_job, **training):
-    loaded, examples, job = prepared(make_job, **training)
+def trained(make_job, dropout=0.0, **training):
+    loaded, examples, job = prepared(make_job, dropout, **training)
     return loaded, one_round(loaded, examples, job, 1)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_train_the_same_adapter_and_are_compiled_once(make_job, checkpointing):
-    _, plain = trained(make_job, gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize(("checkpointing", "dropout"), [(False, 0.3), (True, 0.0)])
+def test_compiled_layers_train_the_same_adapter_and_are_compiled_once(
+    make_job, checkpointing, dropout
+):
+    _, plain = trained(make_job, dropout, gradient_checkpointing=checkpointing)
     assert not counters["stats"]
     with_layers = {"compile": True, "gradient_checkpointing": checkpointing}
-    loaded, examples, job = prepared(make_job, **with_layers)
+    loaded, examples, job = prepared(make_job, dropout, **with_layers)
     quick = one_round(loaded, examples, job, 1)
     first = counters["stats"]["unique_graphs"]
     assert 0 < first <= 3 * loaded.base.model.config.num_hidden_layers
@@ -79,6 +84,13 @@ def test_without_a_compiler_or_layers_it_is_refused(make_job, monkeypatch):
         pass
 
 
-def test_dropout_is_refused(make_job):
-    with pytest.raises(ValueError, match="would compile again"):
-        make_job(training={"compile": True}, adapter={"dropout": 0.1})
+@pytest.mark.slow
+def test_machine_code_trains_the_same_adapter(make_job, monkeypatch):
+    """With the compiler that a job has."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    _, plain = trained(make_job, dropout=0.3)
+    _, quick = trained(make_job, dropout=0.3, compile=True)
+    for name, value in plain.trained.items():
+        assert float((quick.trained[name] - value).norm()) <= 1e-4 * float(value.norm()), name
