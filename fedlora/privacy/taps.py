@@ -7,7 +7,7 @@ Model at Small Cost", https://arxiv.org/abs/2210.00038, section 3.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +36,7 @@ class Taps(ABC):
         device: of what they hold.
     """
 
-    def __init__(self, leaves: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(self, leaves: list[nn.Module], device: torch.device) -> None:
         self.leaves = leaves
         self._device = device
         self._examples = 0
@@ -100,7 +100,8 @@ class Taps(ABC):
             return
         found = _SAMPLERS[type(leaf)](leaf, tuple(x.to(wide) for x in inputs), g.to(wide))
         if (name := names.get("weight")) is not None:
-            self._add(name, Whole(found[leaf.weight]))
+            (grads,) = found.values()
+            self._add(name, Whole(grads))
 
     def _add(self, name: str, piece: Piece) -> None:
         held = self._held.get(name)
