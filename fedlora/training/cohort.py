@@ -19,8 +19,8 @@ from fedlora.data.example import IGNORE, Batch
 from fedlora.data.order import batch_order, example_lengths, loader
 from fedlora.errors import TrainingError
 from fedlora.seeds import generator
-from fedlora.training.loss import token_losses
 from fedlora.training.cohort_base import CohortBase
+from fedlora.training.loss import token_losses
 from fedlora.training.trainer import LocalResult, Training, diverged
 
 # of every client: summed losses, and how much they are sums over

@@ -33,13 +33,16 @@ from tests.privacy.models import KINDS, examples, make
 torch.set_num_threads(1)
 
 ADAMW = TrainingSection(batch_size=2, optimizer="adamw", learning_rate=1e-2, local_steps=3)
-SGD = ADAMW.model_copy(update={"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01})
 # of different sizes; the last client's batches are mostly empty
 LENGTHS = [(9, 3, 6, 4, 8), (5, 5, 5, 5), (12, 2, 7), (4, 6)]
 RATES = (0.9, 0.6, 0.7, 0.2)
 CLIPS = (0.5, 50.0, 0.05, 0.5)
 STEPS = (3, 1, 3, 2)
 TOGETHER = [method for method in METHODS if method != "bone-col"]
+# every method, and every kind of model with one method of each kind of leaf
+PAIRS = [("llama", method) for method in TOGETHER] + [
+    (kind, method) for kind in KINDS[1:] for method in ("lora", "vera", "bone-row")
+]
 
 
 def mechanism(client, **changes):
@@ -74,7 +77,9 @@ def trainings(made, kind="llama", factors=None, dtype=torch.float64, mechanisms=
     for client, steps in enumerate(STEPS):
         draws = torch.Generator().manual_seed(client)
         tensors = {
-            name: value + 0.1 * torch.randn(value.shape, generator=draws, dtype=value.dtype)
+            # the magnitudes of DoRA are about 1
+            name: name.endswith(".m")
+            + 0.3 * torch.randn(value.shape, generator=draws, dtype=value.dtype)
             for name, value in made.state().tensors.items()
         }
         work = LocalWork(factors, steps, 3, 9, seed=5, client=f"c{client}", round=2, **more)
@@ -114,12 +119,9 @@ def assert_equal(left, right, tolerance=1e-12):
 
 def check(made, build, settings=ADAMW, task="causal-lm", tolerance=1e-12, width=8):
     """Compares both ways, of what `build` makes anew for each."""
-    reference = made.state().tensors
     expected = one_by_one(made, build(), settings, task)
-    made.load(reference)
     found = together(made, build(), settings, task, width)
     assert_equal(found, expected, tolerance)
-    made.load(reference)
     return found
 
 
@@ -131,16 +133,15 @@ def test_batches_are_empty_larger_than_a_pass_and_of_different_sizes():
     assert len({row[0] for row in sizes}) > 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", TOGETHER)
-def test_a_cohort_trains_every_client_as_if_it_were_alone(method, kind):
+@pytest.mark.parametrize(("kind", "method"), PAIRS)
+def test_a_cohort_trains_every_client_as_if_it_were_alone(kind, method):
     made = make(kind, method, dtype=torch.float64)
     adapted = made.adapted
     assert not obstacle(adapted)
     check(adapted, lambda: trainings(adapted, kind), task=made.task)
 
 
-@pytest.mark.parametrize("method", TOGETHER)
+@pytest.mark.parametrize("method", ["lora", "vera", "bone-row", "dora"])
 def test_in_single_precision_too(method):
     made = make("llama", method).adapted
     check(made, lambda: trainings(made, dtype=torch.float32), tolerance=1e-5)
@@ -153,15 +154,15 @@ def test_in_single_precision_too(method):
         {"schedule": "cosine", "warmup_steps": 5},
         {"batch_size": 1},
         {"batch_size": 16},
+        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
         # of plain training
         {"max_grad_norm": 1e-3, "accumulation": 2},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("settings", [ADAMW, SGD], ids=["adamw", "sgd"])
-def test_whatever_the_settings(settings, change):
+def test_whatever_the_settings(change):
     made = make(dtype=torch.float64).adapted
-    check(made, lambda: trainings(made), settings.model_copy(update=change))
+    check(made, lambda: trainings(made), ADAMW.model_copy(update=change))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -219,8 +220,8 @@ def test_a_frozen_change_of_the_base_is_everybodys():
 def test_what_one_client_holds_is_nothing_to_another():
     """Neither its examples and noise nor a value that is not finite."""
     made = make(dtype=torch.float64).adapted
-    plain = together(made, trainings(made))
     other = trainings(made)
+    plain = together(made, trainings(made))
     broken = {name: value * float("nan") for name, value in other[1].start.tensors.items()}
     other[1] = replace(other[1], start=AdapterState(made.spec, broken))
     found = together(made, other)
@@ -312,9 +313,8 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
     check(made, lambda: trainings(made))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", TOGETHER)
-def test_rows_hold_the_gradients_of_examples_alone_and_padding_none(method, kind):
+@pytest.mark.parametrize(("kind", "method"), PAIRS)
+def test_rows_hold_the_gradients_of_examples_alone_and_padding_none(kind, method):
     """Oracle: autograd on each example alone, unpadded, with its client's own values."""
     made = make(kind, method, dtype=torch.float64)
     adapted = made.adapted
