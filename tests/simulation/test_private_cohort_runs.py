@@ -156,7 +156,7 @@ def test_a_failure_is_every_clients_answer_and_its_reservation_stands(make, monk
     monkeypatch.setattr(PrivateCohort, "_step", fails)
     with pytest.raises(Exception, match="round 1"):
         run.go(until=1)
-    assert {event["why"] for event in run.of("rejected")} == {
+    assert {event["detail"] for event in run.of("rejected")} == {
         "RuntimeError: the machine is on fire"
     }
     assert {tuple(e[1] for e in entries) for entries in charges(run).values()} == {("RESERVED",)}
