@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.adapter import LayerSpec
-from fedlora.adapters.base import AdapterLayer, Basis, Method
-from fedlora.adapters.leaves import DiagScale, leaf_weight, linear_leaf
-from fedlora.adapters.lora import kaiming_uniform, resize_slots
+from fedlora.adapters.base import Basis, Method
+from fedlora.adapters.leaves import DiagScale, leaf_weight
+from fedlora.adapters.lora import LoraLayer, kaiming_uniform, lora_outputs, resize_slots
 
 # keeps a row of zeros (padding) at zero instead of 0 / 0
 _SMALLEST_NORM = 1e-12
@@ -52,7 +52,7 @@ class Dora(Method):
         return resize_slots(tensor, 0 if factor == "A" else 1, new.rank)
 
 
-class DoraLayer(AdapterLayer):
+class DoraLayer(LoraLayer):
     """y = m / |V| * (x W0^T + s B A dropout(x)) + bias."""
 
     def __init__(
@@ -64,22 +64,19 @@ class DoraLayer(AdapterLayer):
         b: Tensor,
         dropout: float,
     ) -> None:
-        super().__init__(base, layer, method, {}, dropout)
-        self.A = linear_leaf(a.to(self.weight.device, self.factor_dtype))  # (r, k)
-        self.B = linear_leaf(b.to(self.weight.device, self.factor_dtype))  # (d, r)
+        super().__init__(base, layer, method, a, b, dropout)
         self.m = DiagScale(self.norms())  # (d,)
 
     def factors(self) -> dict[str, nn.Parameter]:
-        return {"A": leaf_weight(self.A), "B": leaf_weight(self.B), "m": leaf_weight(self.m)}
+        return {**super().factors(), "m": leaf_weight(self.m)}
 
     def norms(self) -> Tensor:
         """The row norms of V (d,), without gradient; (K, d) for stacked factors."""
         return row_norms(self.weight, self.layer.scale * self.B.weight, self.A.weight)
 
     def adapted(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
-        h = self.A(self.dropout(x).to(self.factor_dtype))  # (..., r)
-        direction = y + self.layer.scale * self.B(h)
+        direction = self._direction(x)
+        kind = direction.dtype
         norms = self.norms()
         if norms.dim() == 2:  # (K, d): rows are ordered by client
             direction = (direction.reshape(len(norms), -1, len(norms[0])) / norms[:, None]).view(
@@ -88,8 +85,20 @@ class DoraLayer(AdapterLayer):
         else:
             direction = direction / norms
         scaled: Tensor = self.m(direction)
-        y = scaled.to(y.dtype)
+        y = scaled.to(kind)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _direction(self, x: Tensor) -> Tensor:
+        """Gives x W0^T + s B A dropout(x)."""
+        if self.plain():
+            return lora_outputs((self,), x, biased=False)[0]
+        y = F.linear(x, self.weight)
+        h = self.A(self.dropout(x).to(self.factor_dtype))  # (..., r)
+        change: Tensor = self.layer.scale * self.B(h)
+        return y + change.to(y.dtype)
+
+    def takes_any_shape(self) -> bool:
+        return False
 
     def delta_weight(self) -> Tensor:
         weight = self.weight.to(self.factor_dtype)

@@ -136,10 +136,12 @@ class LoraLayer(AdapterLayer):
         )
 
 
-def lora_outputs(layers: Sequence[LoraLayer], x: Tensor) -> tuple[Tensor, ...]:
+def lora_outputs(
+    layers: Sequence[LoraLayer], x: Tensor, *, biased: bool = True
+) -> tuple[Tensor, ...]:
     """What `plain` layers make of the same x (..., k), (..., d_i) each, by one op."""
     weights = [layer.weight for layer in layers]
-    biases = [layer.bias for layer in layers]
+    biases = [layer.bias if biased else None for layer in layers]
     a_s = [layer.A.weight for layer in layers]
     b_s = [layer.B.weight for layer in layers]
     scales = [layer.layer.scale for layer in layers]

@@ -59,9 +59,11 @@ def _bucketed(
     batches: list[list[int]] = []
     left: list[int] = []
     for start in range(0, len(drawn), WINDOW * size):
-        window = sorted(drawn[start : start + WINDOW * size], key=lengths.__getitem__)
+        window = drawn[start : start + WINDOW * size]
         whole = len(window) - len(window) % size
-        batches += [window[i : i + size] for i in range(0, whole, size)]
+        # what is left over is random: the longest would come last in every epoch
+        alike = sorted(window[:whole], key=lengths.__getitem__)
+        batches += [alike[i : i + size] for i in range(0, whole, size)]
         left += window[whole:]
     order = torch.randperm(len(batches), generator=generator).tolist()
     return [number for place in order for number in batches[place]] + left
@@ -88,6 +90,8 @@ def loader(
         pad_id: token that fills up short texts.
         num_workers: processes that stack batches ahead; 0 stacks them in this one.
     """
+    if not num_workers:
+        return (collate([examples[i] for i in numbers], pad_id) for numbers in order)
     batches: DataLoader[Batch] = DataLoader(
         examples,  # type: ignore[arg-type]  # any sequence is a map-style data set
         batch_sampler=[list(numbers) for numbers in order],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fedlora.ops.registry import uses_triton
 
@@ -81,8 +82,11 @@ def client_adamw_(buffers: AdamWBuffers, grads: Tensor, step: AdamWStep) -> None
 
 
 def _by_client(grads: Tensor, step: AdamWStep, dtype: torch.dtype) -> Tensor:
-    """(K, 4): scale of the gradient, rate of decay, size of the step, root of the bias of v."""
-    # in float64, as numbers of Python are
+    """Numbers of every client, (K, 6) float64.
+
+    Scale of the gradient, rate of decay, size of the step, root of the bias of v; and for torch's
+    own kernel, learning rate and number of the step.
+    """
     rate, count = step.rate.double(), step.step.double()
     scale = torch.ones_like(rate)
     if step.max_norm is not None:
@@ -92,7 +96,7 @@ def _by_client(grads: Tensor, step: AdamWStep, dtype: torch.dtype) -> Tensor:
     decay = rate * step.weight_decay.double()
     size = rate / (1.0 - first**count)
     bias = (1.0 - second**count).sqrt()
-    return torch.stack([scale, decay, size, bias], 1).to(dtype)
+    return torch.stack([scale, decay, size, bias, rate, count], 1)
 
 
 @torch.library.custom_op(
@@ -117,17 +121,23 @@ def _step(
         kernel(
             (parameters, first, second, narrow),
             grads,
-            by_client,
+            by_client[:, :4].float().contiguous(),
             active,
             multiplier,
             (beta1, beta2),
             eps,
         )
         return
+    if multiplier is None and parameters.device.type == "cpu":
+        _in_one_pass((parameters, first, second), grads, by_client, active, (beta1, beta2), eps)
+        if narrow is not None:
+            narrow[active] = parameters[active].to(narrow.dtype)
+        return
+    by_client = by_client.to(parameters.dtype)
     everyone = bool(active.all())
     rows = slice(None) if everyone else active.nonzero().flatten()
     p, m, v = parameters[rows], first[rows], second[rows]
-    scale, decay, size, bias = by_client[rows].unsqueeze(2).unbind(1)  # (K, 1) each
+    scale, decay, size, bias = by_client[rows, :4].unsqueeze(2).unbind(1)  # (K, 1) each
     factor = 1.0 if multiplier is None else multiplier.to(parameters.dtype)
     g = grads[rows].to(parameters.dtype)
     if not bool((scale == 1.0).all()):
@@ -140,6 +150,37 @@ def _step(
         parameters[rows], first[rows], second[rows] = p, m, v
     if narrow is not None:
         narrow[rows] = p.to(narrow.dtype)
+
+
+def _in_one_pass(
+    buffers: tuple[Tensor, Tensor, Tensor],
+    grads: Tensor,
+    by_client: Tensor,
+    active: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """By torch's kernel for processors, which reads and writes every number once."""
+    for k in active.nonzero().flatten().tolist():
+        scale, decay, _, _, rate, count = by_client[k].tolist()
+        own = [buffer[k] for buffer in buffers]
+        grad = grads[k].to(own[0].dtype)
+        adamw(
+            own[:1],
+            [grad if scale == 1.0 else grad * scale],
+            own[1:2],
+            own[2:],
+            [],
+            [torch.tensor(count - 1.0, dtype=torch.float32, device="cpu")],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=rate,
+            weight_decay=decay / rate if rate else 0.0,
+            eps=eps,
+        )
 
 
 @_step.register_fake

@@ -138,8 +138,7 @@ class CohortBase(ABC):
 
     def _left(self, row: int, loss: float | None, count: int) -> LocalResult:
         """The result of a client with this mean loss over so many tokens or examples."""
-        values = self.rows.tensors(self.rows.values, slice(row, row + 1))
-        trained = {name: value[0].cpu().clone() for name, value in values.items()}
+        trained = self.rows.client(self.rows.values, row)
         return LocalResult(
             loss,
             count,

@@ -45,9 +45,8 @@ class Rows:
             begin, end = end, end + math.prod(shape)
             self._places[name] = (slice(begin, end), tuple(shape))
         self.values = torch.empty(len(start), end, device=like.device, dtype=like.dtype)
-        for name, (place, _) in self._places.items():
-            for row, tensors in enumerate(start):
-                self.values[row, place] = tensors[name].flatten().to(like)
+        for row, tensors in enumerate(start):
+            self.values[row] = torch.cat([tensors[name].flatten() for name in shapes]).to(like)
         self.gradients = torch.zeros_like(self.values)
         multipliers = {name: rates.get(name.rpartition(".")[2], 1.0) for name in shapes}
         self._multiplier = torch.ones(end, device=like.device, dtype=like.dtype)
@@ -64,6 +63,11 @@ class Rows:
             name: part[:, place].view(len(part), *shape)
             for name, (place, shape) in self._places.items()
         }
+
+    def client(self, source: Tensor, row: int) -> dict[str, Tensor]:
+        """One client's tensors of `source` (K, P) by name, copied to the CPU as a whole."""
+        held = source[row].to("cpu", copy=True)
+        return {name: held[place].view(shape) for name, (place, shape) in self._places.items()}
 
     def add(self, rows: slice, gradients: Mapping[str, Tensor | None]) -> None:
         """Adds gradients (k, *shape) of some clients; None for a tensor that was not used."""
@@ -155,16 +159,12 @@ class Rows:
 
     def moments(self, row: int) -> dict[str, Tensor]:
         """One client's optimiser state, as `optimizer_tensors` names it."""
-        rows = slice(row, row + 1)
-        known = {
-            name: float(steps)
-            for name, steps in zip(self._places, self._steps[row], strict=True)
-            if steps
-        }
+        taken = zip(self._places, self._steps[row].tolist(), strict=True)
+        known = {name: steps for name, steps in taken if steps}
         found = {}
         for moment, buffer in zip(self._names, self._moments, strict=True):
-            values = self.tensors(buffer, rows)
-            found.update({f"{name}.{moment}": values[name][0].cpu().clone() for name in known})
+            values = self.client(buffer, row)
+            found.update({f"{name}.{moment}": values[name] for name in known})
         if self.settings.optimizer == "adamw":
             found.update({f"{name}.step": torch.tensor(steps) for name, steps in known.items()})
         return found

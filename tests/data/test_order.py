@@ -62,6 +62,17 @@ def test_batches_of_like_lengths_need_less_padding():
     assert longest != sorted(longest)
 
 
+def test_the_longest_are_not_always_left_for_the_end():
+    """Else a round of fewer steps than an epoch would never see them."""
+    seen = {
+        number
+        for seed in range(40)
+        for batch in batch_order(11, 4, 2, generator(seed), list(range(11)))
+        for number in batch
+    }
+    assert seen == set(range(11))
+
+
 def test_another_seed_is_another_order():
     assert batch_order(20, 5, 4, generator(0)) != batch_order(20, 5, 4, generator(1))
 

@@ -7,10 +7,8 @@ import torch
 
 from fedlora.ops import row_ops
 from fedlora.ops.dropout_mask import Dropout, keep_mask, philox
-from fedlora.ops.dropout_shrink import dropout_shrink
-from tests.kernels.close import assert_close, seeded
 from tests.kernels.conftest import GPU
-from tests.kernels.low_rank import mask_of, normal
+from tests.kernels.low_rank import mask_of
 
 KEY = 0x0123456789ABCDEF
 
@@ -93,50 +91,6 @@ def test_a_row_far_down_has_a_mask_of_its_own():
     for i, one in enumerate(masks):
         for other in masks[:i]:
             assert abs(float((one == other).double().mean()) - 0.5) < 0.05
-
-
-@pytest.mark.parametrize("kind", [torch.float64, torch.float32], ids=str)
-def test_equals_a_masked_product(impl, kind):
-    x = normal(3, 11, 40, seed=1, dtype=kind).requires_grad_()
-    a = normal(6, 40, seed=2, dtype=kind).requires_grad_()
-    mask = mask_of(drop(0.2, tokens=11), 33, 40).view(3, 11, 40).double()
-    wide_x, wide_a = (t.detach().double().requires_grad_() for t in (x, a))
-    expected = (wide_x * mask * drop(0.2).upscale) @ wide_a.T
-    found = dropout_shrink(x, a, drop(0.2, tokens=11))
-    g = torch.randn(3, 11, 6, generator=seeded(3), dtype=torch.float64)
-    pairs = zip(
-        (found, *torch.autograd.grad(found, (x, a), g.to(kind))),
-        (expected, *torch.autograd.grad(expected, (wide_x, wide_a), g)),
-        strict=True,
-    )
-    for one, other in pairs:
-        assert_close(one, other, 1e-12 if kind == torch.float64 else 1e-5)
-
-
-def test_gradcheck():
-    x = normal(4, 9, seed=1).requires_grad_()
-    a = normal(2, 9, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, a: dropout_shrink(x, a, drop(0.4)), (x, a))
-
-
-def test_compiles_without_a_break():
-    x, a = normal(4, 9, seed=1).requires_grad_(), normal(2, 9, seed=2)
-    torch._dynamo.reset()
-    compiled = torch.compile(dropout_shrink, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x, a, drop(0.4)), dropout_shrink(x, a, drop(0.4)), 1e-14)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.9])
-def test_only_the_input_is_kept(rate):
-    """On a processor also the mask, a byte for each entry."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        for device in ("meta", "cuda" if GPU else "cpu"):
-            x, a = (torch.ones(*shape, device=device) for shape in ((64, 32), (4, 32)))
-            key = torch.tensor(KEY, device=device)
-            dropout_shrink(x.requires_grad_(), a.requires_grad_(), Dropout(rate, key))
-    assert sorted(t.numel() for t in kept if t.is_meta) == [1, a.numel(), x.numel()]
-    assert [t.dtype for t in kept if t.device.type == "cpu"].count(torch.bool) == (not GPU)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 0.999999, float("nan")])
