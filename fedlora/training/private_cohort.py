@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedlora.adapters.stacked import StackedModel
 from fedlora.data.example import collate
 from fedlora.errors import TrainingError
-from fedlora.privacy.mechanism import Mechanism
+from fedlora.privacy.mechanism import Mechanism, released
 from fedlora.privacy.pieces import clipped_client_sums
 from fedlora.privacy.stacked_taps import StackedTaps
 from fedlora.training.cohort import join
@@ -77,14 +77,7 @@ class PrivateCohort(CohortBase):
                 for name, value in found.items():
                     sums[name][rows] += value
         # once for the whole batch, however it was divided
-        released = [
-            mechanism.released({name: value[row] for name, value in sums.items()}, self._trained)
-            for row, mechanism in enumerate(mechanisms)
-        ]
-        self.rows.add(
-            slice(0, active),
-            {name: torch.stack([own[name] for own in released]) for name in self._trained},
-        )
+        self.rows.add(slice(0, active), released(mechanisms, sums, self._trained))
         self._move(step, active)
 
     def _fitting(self, stacked: StackedModel, parts: Sequence[_Part]) -> dict[str, Tensor]:
