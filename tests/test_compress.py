@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.compress import BLOCK, coded_shapes, compress, expand, kept_entries, round_trip
+from fedlora.compress import coded_shapes, compress, expand, kept_entries, round_trip
 from fedlora.errors import AdapterError, CodeError
 from fedlora.messages import Coding
+from fedlora.ops.delta_codec import BLOCK
 from fedlora.wire import coded_layout, decode_coded, encode_coded
 
 LEVELS = {"int8": 127, "int4": 7}
