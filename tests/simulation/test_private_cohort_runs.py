@@ -19,17 +19,14 @@ from tests.simulation.runs import Run
 TEST = {"epsilon": 8.0, "delta": 1e-3, "noise": "test"}
 CASES = {
     "fedit": {},
-    "moments": {"training": {"optimizer_state": "keep"}},
     "one factor at a time": {
         "federation": {"strategy": "rolora"},
         "training": {"optimizer_state": "keep"},
     },
     "folds": {"federation": {"strategy": "flora"}},
-    "own factors": {"federation": {"strategy": "fedsa-lora"}},
     "ranks": {"federation": {"strategy": "hetlora"}, "scenario": {"ranks": [2, 1, 2]}},
     "noisy figures": {"privacy": {**TEST, "metrics": "noisy"}},
     "small passes": {"training": {"batch_size": 3, "accumulation": 2}},
-    "DoRA": {"adapter": {"method": "dora"}},
 }
 
 

@@ -39,9 +39,10 @@ RATES = (0.9, 0.6, 0.7, 0.2)
 CLIPS = (0.5, 50.0, 0.05, 0.5)
 STEPS = (3, 1, 3, 2)
 TOGETHER = [method for method in METHODS if method != "bone-col"]
-# every method, and every kind of model with one method of each kind of leaf
+# one method for each kind of leaf
+LEAVES = ("lora", "vera", "bone-row")
 PAIRS = [("llama", method) for method in TOGETHER] + [
-    (kind, method) for kind in KINDS[1:] for method in ("lora", "vera", "bone-row")
+    (kind, method) for kind in KINDS[1:] for method in LEAVES
 ]
 
 
@@ -141,7 +142,7 @@ def test_a_cohort_trains_every_client_as_if_it_were_alone(kind, method):
     check(adapted, lambda: trainings(adapted, kind), task=made.task)
 
 
-@pytest.mark.parametrize("method", ["lora", "vera", "bone-row", "dora"])
+@pytest.mark.parametrize("method", [*LEAVES, "dora"])
 def test_in_single_precision_too(method):
     made = make("llama", method).adapted
     check(made, lambda: trainings(made, dtype=torch.float32), tolerance=1e-5)
@@ -165,7 +166,7 @@ def test_whatever_the_settings(change):
     check(made, lambda: trainings(made), ADAMW.model_copy(update=change))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 3])
 def test_whatever_the_width(width):
     made = make(dtype=torch.float64).adapted
     check(made, lambda: trainings(made), width=width)
@@ -313,7 +314,10 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
     check(made, lambda: trainings(made))
 
 
-@pytest.mark.parametrize(("kind", "method"), PAIRS)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [*(("llama", method) for method in LEAVES), *((kind, "lora") for kind in KINDS[1:])],
+)
 def test_rows_hold_the_gradients_of_examples_alone_and_padding_none(kind, method):
     """Oracle: autograd on each example alone, unpadded, with its client's own values."""
     made = make(kind, method, dtype=torch.float64)
