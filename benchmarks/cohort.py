@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import cohort_flower
 from benchmarks.cohort_job import Case, job_for, prepare
 from benchmarks.overhead import _reset_peak, _rss
 from fedlora.models.loaded import load
@@ -49,6 +48,9 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     """
     prepare(case, folder)
     if case.engine.startswith("flower"):
+        # Flower and Ray take seconds to import, and other engines do without
+        from benchmarks import cohort_flower
+
         return {"round_s": cohort_flower.rounds(case, folder)}
     job = job_for(case, folder)
     rounds: list[dict[str, Any]] = []
@@ -63,6 +65,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     federation = Federation(job, loaded, emit=keep)
     store = federation.start(folder / "run")
     gc.collect()
+    # as the command line does
+    gc.freeze()
     before = _rss("VmRSS")
     _reset_peak()
     federation.run(store)

@@ -9,6 +9,8 @@ these have the predictions, and say that nothing was measured.
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +26,12 @@ from benchmarks.kernels.bars import judged
 from benchmarks.kernels.timing import milliseconds
 
 # seconds that each may take, in order of worth
-TABLES = {"linears": 420, "loss": 150, "clients": 480, "private": 240, "step": 120}
+TABLES = {
+    **{"linears": 420, "loss": 150, "clients": 420, "private": 210, "step": 90},
+    "up_projection": 60,
+}
+# tools of compute-sanitizer, seconds for each
+SANITIZER = {"memcheck": 75, "racecheck": 75}
 
 
 def main() -> None:
@@ -46,7 +53,15 @@ def main() -> None:
             found["tables"][table] = said
             figures |= made
             print(f"{table}: {said}", flush=True)
+        if gpu:
+            found["sanitizer"] = {
+                tool: sanitized(tool, min(limit, ends - time.monotonic()))
+                for tool, limit in SANITIZER.items()
+            }
     found["bars"] = judged(figures)
+    # a race has no demand
+    judged_names = {line["bar"] for line in found["bars"]}
+    found["others"] = {name: made for name, made in figures.items() if name not in judged_names}
     (given.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     (given.out / "gpu.md").write_text(page(found))
 
@@ -74,6 +89,32 @@ def run(
         return {}, f"failed: {last}"
     figures: dict[str, list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures, f"{time.monotonic() - started:.0f} s"
+
+
+def sanitized(tool: str, limit_s: float) -> str:
+    """What a tool of compute-sanitizer says of one launch of every kernel."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).is_file():
+        return "not run: compute-sanitizer is not installed"
+    if limit_s <= 0:
+        return "not run: no time left"
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m"]
+    try:
+        done = subprocess.run(
+            [*command, "benchmarks.kernels.launches"],
+            env={**os.environ, "FEDLORA_OPS": "triton"},
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit_s:.0f} s"
+    if not done.returncode:
+        return "passed"
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    errors = [line for line in lines if line.startswith("=========") and line.strip("= ")]
+    return f"failed: {(errors or lines or ['nothing was said'])[0]}"
 
 
 def _device() -> dict[str, Any]:
@@ -109,6 +150,11 @@ def page(found: Mapping[str, Any]) -> str:
                 f"{found['tflop_per_s']:.0f} TFLOP/s in bfloat16."
             ]
         out += ["", *(f"- {table}: {said}" for table, said in found["tables"].items()), ""]
+        tools = found.get("sanitizer", {})
+        out += [
+            f"- compute-sanitizer, {tool}, every kernel: {said}" for tool, said in tools.items()
+        ]
+        out += [""] if tools else []
     out += [
         "| bar | what | demand | predicted | measured (range) | |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -123,6 +169,11 @@ def page(found: Mapping[str, Any]) -> str:
             f"| {line['bar']} | {line['what']} | {line['demand']} | {predicted} | {shown} | "
             f"{words[line['passed']]} |"
         )
+    if found.get("others"):
+        out += ["", "Without a demand:", "", "| what | measured (range) |", "| --- | --- |"]
+        for name, values in found["others"].items():
+            shown = f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+            out.append(f"| {name} | {shown} |")
     return "\n".join([*out, ""])
 
 

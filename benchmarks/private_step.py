@@ -7,6 +7,7 @@ a busy machine slows all alike. A step is forward, backward, clipping, noise and
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -142,9 +143,10 @@ def measure(given: argparse.Namespace) -> dict[str, list[float]]:
         "plain": lambda adapted: plain(adapted, batch),
         "book-keeping": lambda adapted: ours(adapted, batch, "bookkeeping", "os"),
         "book-keeping, secure noise": lambda adapted: ours(adapted, batch, "bookkeeping", "secure"),
-        "Opacus hooks": lambda adapted: ours(adapted, batch, "hooks", "os"),
-        "Opacus ghost": lambda adapted: ghost(adapted, batch),
     }
+    if importlib.util.find_spec("opacus") is not None:
+        ways["Opacus hooks"] = lambda adapted: ours(adapted, batch, "hooks", "os")
+        ways["Opacus ghost"] = lambda adapted: ghost(adapted, batch)
     steps = {}
     modes = []
     for name, way in ways.items():

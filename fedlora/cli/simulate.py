@@ -1,5 +1,6 @@
 """`fedlora simulate` and `fedlora resume`"""
 
+import gc
 import json
 import sys
 import time
@@ -100,6 +101,8 @@ def run_resume(folder: Path, *, as_json: bool) -> None:
 
 
 def _drive(federation: Federation, store: RunStore, view: LiveView) -> None:
+    # model and libraries stay until the end, and looking for garbage among them takes a while
+    gc.freeze()
     try:
         state = federation.run(store)
         view.finishing()

@@ -161,17 +161,20 @@ def _in_one_pass(
     eps: float,
 ) -> None:
     """By torch's kernel for processors, which reads and writes every number once."""
+    numbers = by_client.tolist()
+    alike: dict[tuple[float, ...], list[int]] = {}
     for k in active.nonzero().flatten().tolist():
-        scale, decay, _, _, rate, count = by_client[k].tolist()
-        own = [buffer[k] for buffer in buffers]
-        grad = grads[k].to(own[0].dtype)
+        alike.setdefault(tuple(numbers[k]), []).append(k)
+    for (scale, decay, _, _, rate, count), clients in alike.items():
+        own = [[buffer[k] for k in clients] for buffer in buffers]
+        rows = [grads[k].to(own[0][0].dtype) for k in clients]
         adamw(
-            own[:1],
-            [grad if scale == 1.0 else grad * scale],
-            own[1:2],
-            own[2:],
+            own[0],
+            rows if scale == 1.0 else [row * scale for row in rows],
+            own[1],
+            own[2],
             [],
-            [torch.tensor(count - 1.0, dtype=torch.float32, device="cpu")],
+            [torch.tensor(count - 1.0, dtype=torch.float32, device="cpu") for _ in clients],
             fused=True,
             amsgrad=False,
             maximize=False,
