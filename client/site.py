@@ -5,10 +5,9 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlora.adapter import (
     AdapterSpec,
@@ -35,15 +34,12 @@ from fedlora.evaluate import example_figures
 from fedlora.messages import HEADS, Broadcast, ClientUpdate, RoundPlan, Start
 from fedlora.models.loaded import Loaded
 from fedlora.privacy.metrics import noisy_means
-from fedlora.training.private import PrivateTrainer
+from fedlora.training.private import train_private
 from fedlora.training.terms import Correction, ProductProximal, Proximal, TailPenalty, Term
 from fedlora.training.trainer import LocalResult, LocalWork, Progress, Training, train
 from fedlora.wire import decode_broadcast
 
 Course = Generator[Training, LocalResult, ClientUpdate]
-
-# models whose examples were seen not to depend on each other
-_ADDITIVE: "WeakSet[nn.Module]" = WeakSet()
 
 
 class Site:
@@ -112,7 +108,7 @@ class Site:
             try:
                 training = next(course)
                 while True:
-                    training = course.send(self._train(training, broadcast.plan))
+                    training = course.send(self._train(training))
             except StopIteration as end:
                 update: ClientUpdate = end.value
                 return update
@@ -176,9 +172,8 @@ class Site:
             masks, trial = yield from self._choose_slots(plan, start, progress)
             terms.append(slot_freeze(spec, plan.factors, masks, held))
         moments = _group(memory, "moments") if plan.optimizer_state == "keep" else {}
-        result = yield self._training(
-            plan, start, terms, plan.local_steps, "data", progress, moments
-        )
+        training = self._training(plan, start, terms, plan.local_steps, "data", progress, moments)
+        result = yield training
         trained = result.trained
         delta = {name: trained[name] - held[name] for name in sent}
         control = self._new_control(plan, start, delta, own_control, result.rate_sum)
@@ -197,7 +192,8 @@ class Site:
         if self.privacy is None:
             metrics["num_tokens"] = float(result.count)
         else:
-            metrics.update(self._noisy_figures(self.privacy, plan))
+            after = replace(training, start=AdapterState(spec, trained))
+            metrics.update(self._noisy_figures(self.privacy, plan, after))
         if trial:
             metrics["trial_steps"] = float(trial)
         if result.loss is not None:
@@ -248,20 +244,16 @@ class Site:
             terms=terms,
             progress=progress,
         )
-        return Training(start.adapter, start.fold, self.data.train, work, moments)
+        mechanism = None if self.privacy is None else self.privacy.mechanism(plan)
+        return Training(start.adapter, start.fold, self.data.train, work, moments, mechanism)
 
-    def _train(self, training: Training, plan: RoundPlan) -> LocalResult:
+    def _train(self, training: Training) -> LocalResult:
         """Does a training with the site's own model."""
-        training.put(self.adapted)
-        if self.privacy is not None:
-            mechanism = self.privacy.mechanism(plan)
-            trainer = PrivateTrainer(
-                self.adapted, self.data.train, mechanism, task=self.task, pad_id=self.pad_id
+        if training.mechanism is not None:
+            return train_private(
+                self.adapted, training, self.training, task=self.task, pad_id=self.pad_id
             )
-            if self.adapted.model not in _ADDITIVE:
-                trainer.check_additive(plan.factors, self.training)
-                _ADDITIVE.add(self.adapted.model)
-            return trainer.train(training.work, self.training, training.moments)
+        training.put(self.adapted)
         return train(
             self.adapted,
             self.data.train,
@@ -272,10 +264,18 @@ class Site:
             moments=training.moments,
         )
 
-    def _noisy_figures(self, privacy: SitePrivacy, plan: RoundPlan) -> Mapping[str, float]:
-        """What the client may say of its validation under privacy."""
+    def _noisy_figures(
+        self, privacy: SitePrivacy, plan: RoundPlan, after: Training
+    ) -> Mapping[str, float]:
+        """What the client may say of its validation under privacy.
+
+        Args:
+            after: begins with what was trained.
+        """
         if privacy.section.metrics == "none" or not self.data.validation:
             return {}
+        # others may have had the model since
+        after.put(self.adapted)
         losses, correct = example_figures(
             self.adapted.model, self.data.validation, task=self.task, pad_id=self.pad_id
         )

@@ -70,10 +70,15 @@ class SimulatedClients:
         return self._site(client, state, ledgers).work(manifest, fetch)
 
     def course(
-        self, client: str, manifest: bytes, fetch: Callable[[str], bytes], state: Memory
+        self,
+        client: str,
+        manifest: bytes,
+        fetch: Callable[[str], bytes],
+        state: Memory,
+        ledgers: Path | None = None,
     ) -> Course:
-        """The same without privacy, but for the training; see `Site.course`."""
-        return self._site(client, state, None).course(manifest, fetch)
+        """The same, but for the training; see `Site.course`."""
+        return self._site(client, state, ledgers).course(manifest, fetch)
 
     def _site(self, client: str, state: Memory, ledgers: Path | None) -> Site:
         data = self.data[client]

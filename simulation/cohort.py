@@ -1,6 +1,7 @@
 """CohortLink: every client in this process, and several of them in each pass of the model."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 from fedlora.adapters.inject import AdaptedModel
@@ -11,6 +12,7 @@ from fedlora.simulation.clients import Answer, failure
 from fedlora.simulation.scenario import Scenario
 from fedlora.simulation.virtual import Asked, VirtualLink
 from fedlora.training.cohort import Cohort
+from fedlora.training.private_cohort import PrivateCohort
 from fedlora.training.trainer import LocalResult, Training
 from fedlora.wire import encode_update
 
@@ -83,18 +85,23 @@ class CohortLink(VirtualLink):
 
     def _answers(self, waiting: Sequence[Asked]) -> list[Answer]:
         turns = [_Turn(asked) for asked in waiting]
-        for turn in turns:
-            self.progress(turn.asked.client)
-            self._start(turn)
-        while ready := [turn for turn in turns if turn.training is not None]:
-            group = [turn for turn in ready if _together(turn, ready[0])]
-            for turn, result in zip(group, self._train(group), strict=True):
-                self._go_on(turn, result)
+        with ExitStack() as courses:
+            for turn in turns:
+                self.progress(turn.asked.client)
+                self._start(turn)
+                if turn.course is not None:
+                    courses.enter_context(closing(turn.course))
+            while ready := [turn for turn in turns if turn.training is not None]:
+                group = [turn for turn in ready if _together(turn, ready[0])]
+                for turn, result in zip(group, self._train(group), strict=True):
+                    self._go_on(turn, result)
         return [turn.answer for turn in turns if turn.answer is not None]
 
     def _train(self, group: Sequence[_Turn]) -> Sequence[LocalResult | Exception]:
         trainings = [turn.training for turn in group if turn.training is not None]
-        cohort = Cohort(
+        # all of a job are private, or none is
+        kind = Cohort if trainings[0].mechanism is None else PrivateCohort
+        cohort = kind(
             self.adapted,
             trainings,
             self.job.training,

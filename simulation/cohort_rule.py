@@ -85,8 +85,9 @@ def _off(job: Job) -> str:
 
 
 def _impossible(job: Job) -> str:
-    if job.privacy is not None and job.privacy.unit == "record":
-        return "clients that train with record-level privacy are trained one by one"
+    privacy = job.privacy
+    if privacy is not None and privacy.unit == "record" and privacy.per_sample == "hooks":
+        return 'privacy.per_sample = "hooks" sees the examples of one client'
     if job.federation.secure_aggregation:
         return "clients that take part in secure aggregation are trained one by one"
     if job.training.compile:

@@ -197,7 +197,9 @@ class Federation(Run):
         )
 
     def _course(self, client: str, manifest: bytes, fetch: Callable[[str], bytes]) -> Course:
-        return self._simulated.course(client, manifest, fetch, self._state(client))
+        return self._simulated.course(
+            client, manifest, fetch, self._state(client), self._folder / "ledgers"
+        )
 
 
 def _unusable(data: FederatedData) -> dict[str, Any]:

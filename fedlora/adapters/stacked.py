@@ -6,7 +6,7 @@ dimension 0 of every activation is K n, client after client. Everything else of 
 shared, and what it computes for a row depends on that row alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -68,6 +68,10 @@ class StackedModel:
             leaf.weight = values[parameters["weight"]]
             if "bias" in parameters:
                 leaf.bias = values[parameters["bias"]]
+
+    def leaves(self) -> Iterator[tuple[StackedLeaf, Mapping[str, str]]]:
+        """Every stacked leaf, and "weight" or "bias" -> full name of what it holds."""
+        yield from self._places.values()
 
 
 def obstacle(adapted: AdaptedModel) -> str:

@@ -298,8 +298,9 @@ class RunSection(Section):
     cohort: Literal["off", "auto"] = "off"
     """auto: with engine = "local", small clients are trained together, and their adapters scored
     together, several in each pass of the model, where that is faster; the result is that of
-    "off" up to rounding, not bit for bit, and the run's record says what was done. Other engines
-    take no notice."""
+    "off" up to rounding, not bit for bit, and the run's record says what was done. Under
+    record-level privacy that holds with noise = "test"; other noise is new every time. Other
+    engines take no notice."""
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of torch. Sums depend on it, so it belongs to the job."""
     device: str = "cpu"

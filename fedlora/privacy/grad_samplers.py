@@ -1,4 +1,4 @@
-"""Per-sample gradients, and their norms, of our own leaf modules, for Opacus.
+"""Per-sample gradients, and their norms, of our own leaf modules, for taps and for Opacus.
 
 Opacus calls a sampler with the leaf, its positional inputs and the gradient of its output,
 all with the batch in dimension 0; see its "Supporting new layers" guide,
@@ -22,8 +22,9 @@ from fedlora.adapters.leaves import (
     pad_last,
     padded_blocks,
 )
+from fedlora.adapters.stacked_leaves import StackedBlocks, StackedScale
 
-Samples = dict[nn.Parameter, Tensor]
+Samples = dict[Tensor, Tensor]
 # (leaf, inputs, gradient of its output) -> gradients, or norms, by example
 Sampler = Callable[[Any, Sequence[Tensor], Tensor], Samples]
 
@@ -38,18 +39,24 @@ def register_grad_samplers() -> None:
         register_norm_sampler(kind)(_if_trained(sampler))
 
 
-def diag_scale_grads(leaf: DiagScale, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+def diag_scale_grads(
+    leaf: DiagScale | StackedScale, inputs: Sequence[Tensor], backprops: Tensor
+) -> Samples:
     """sum_t x_t * g_t, (N, f)."""
     x = inputs[0].to(backprops.dtype)
     return {leaf.weight: _tokens(x * backprops).sum(1)}
 
 
-def diag_scale_norms(leaf: DiagScale, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+def diag_scale_norms(
+    leaf: DiagScale | StackedScale, inputs: Sequence[Tensor], backprops: Tensor
+) -> Samples:
     """Norms (N,) of `diag_scale_grads`."""
     return _norms(diag_scale_grads(leaf, inputs, backprops))
 
 
-def block_diag_grads(leaf: BlockDiagLinear, inputs: Sequence[Tensor], backprops: Tensor) -> Samples:
+def block_diag_grads(
+    leaf: BlockDiagLinear | StackedBlocks, inputs: Sequence[Tensor], backprops: Tensor
+) -> Samples:
     """sum_t u_tj x_tj^T for every block j, (N, n, b, b)."""
     x, u = _strips(leaf, inputs[0].to(backprops.dtype)), _strips(leaf, backprops)
     return {leaf.weight: torch.einsum("ntjo,ntji->njoi", u, x)}
@@ -122,4 +129,9 @@ NORM_SAMPLERS: Mapping[type[nn.Module], Sampler] = {
     DiagScale: diag_scale_norms,
     BlockDiagLinear: block_diag_norms,
     BoneColDelta: bone_col_norms,
+}
+# an example's gradient is of its own client's values, in the shape that they have alone
+STACKED_SAMPLERS: Mapping[type[nn.Module], Sampler] = {
+    StackedScale: diag_scale_grads,
+    StackedBlocks: block_diag_grads,
 }

@@ -1,6 +1,6 @@
 """The Gaussian mechanism of one client's training, and the noisy gradient it releases."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,14 +53,34 @@ class Mechanism:
                 for an empty batch.
             parameters: everything that is trained.
         """
-        # never the size of the batch that was drawn: it is private, and would change the scale
-        expected = self.rate * self.examples
-        released = {}
-        for name in sorted(parameters):
-            parameter = parameters[name]
-            noise = self.source.normal(parameter.shape).to(parameter.device)
-            total = self.noise_multiplier * self.clip * noise
-            if name in sums:
-                total = total + sums[name].to(torch.float64)
-            released[name] = (total / expected).to(parameter.dtype)
-        return released
+        of_one = {name: value[None] for name, value in sums.items()}
+        return {name: value[0] for name, value in released([self], of_one, parameters).items()}
+
+
+def released(
+    mechanisms: Sequence[Mechanism],
+    sums: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, Tensor]:
+    """`Mechanism.released` of K clients with parameters alike, (K, *shape) each.
+
+    Every client's source is asked for the same as if it were alone, in the same order.
+    """
+    like = next(iter(parameters.values()))
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64, device=like.device)
+
+    spread = column(m.noise_multiplier * m.clip for m in mechanisms)
+    # never the size of the batch that was drawn: it is private, and would change the scale
+    expected = column(m.rate * m.examples for m in mechanisms)
+    found = {}
+    for name in sorted(parameters):
+        parameter = parameters[name]
+        by_client = (-1, *[1] * parameter.dim())
+        noise = torch.stack([m.source.normal(parameter.shape) for m in mechanisms])
+        total = spread.view(by_client) * noise.to(parameter.device)
+        if name in sums:
+            total = total + sums[name].to(torch.float64)
+        found[name] = (total / expected.view(by_client)).to(parameter.dtype)
+    return found

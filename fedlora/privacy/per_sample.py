@@ -1,25 +1,21 @@
 """Gradients of single examples: by book-keeping, or by Opacus' hooks.
 
 Both listen at the leaves (see `fedlora.adapters.leaves`): a leaf's input x and the gradient g
-of its output give each example's gradient of its parameters. Book-keeping does so in place of
-the summed gradient that the backward pass would compute, so a private step does hardly more
-than a plain one; Bu et al., "Differentially Private Optimization on Large Model at Small
-Cost", https://arxiv.org/abs/2210.00038, section 3.
+of its output give each example's gradient of its parameters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora.errors import TrainingError
-from fedlora.ops.dp_lora_grads import sample_grads
 from fedlora.privacy.grad_samplers import SAMPLERS, register_grad_samplers
-from fedlora.privacy.pieces import Outer, Piece, Whole
+from fedlora.privacy.pieces import Piece, Whole
+from fedlora.privacy.taps import Taps, need_all
 
 
 class PerSample(ABC):
@@ -75,32 +71,23 @@ class PerSample(ABC):
         """
 
 
-class BookKeeping(PerSample):
-    """Takes each example's gradient from the products of the backward pass.
+class BookKeeping(Taps, PerSample):
+    """Takes each example's gradient from the products of the backward pass; see `Taps`.
 
     Trained parameters do not require gradients inside the context, so that the backward pass
-    does not sum them; a tap behind every leaf sees x and g instead. A leaf that is called more
-    than once, and weights shared between leaves, add up. Recomputation of activations is fine:
-    what is seen are the gradients, once.
+    does not sum them.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(model, parameters)
+        PerSample.__init__(self, model, parameters)
         if why := book_keeping_misfit(model, parameters):
             raise TrainingError(f"{why}; set privacy.per_sample = 'hooks'")
-        self._examples = 0
-        self._held: dict[str, Piece] = {}
+        Taps.__init__(self, self.leaves, next(iter(parameters.values())).device)
 
     def __enter__(self) -> Self:
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
-        # what a tap's output requires gradients for
-        wake = torch.zeros((), device=next(iter(self.parameters.values())).device)
-        wake.requires_grad_(True)
-        for leaf in self.leaves:
-            # an attribute of the object goes before the method of its class
-            vars(leaf)["forward"] = partial(_tapped, leaf, leaf.forward, wake, self._take)
-        return self
+        return Taps.__enter__(self)
 
     def __exit__(
         self,
@@ -108,49 +95,19 @@ class BookKeeping(PerSample):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for leaf in self.leaves:
-            vars(leaf).pop("forward", None)
+        Taps.__exit__(self, kind, error, trace)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
-    def begin(self, examples: int) -> None:
-        self._examples = examples
-        self._held = {}
-
     def pieces(self) -> dict[str, Piece]:
-        _need_all(self.names.values(), self._held)
-        return {name: self._held[name] for name in self.parameters}
+        return self.held(self.parameters)
 
-    def _take(self, leaf: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> None:
-        if g.shape[0] != self._examples:
-            raise TrainingError(
-                f"{type(leaf).__name__} of {self._owned(leaf)} has {g.shape[0]} rows in its first "
-                f"dimension; expected one for each of the {self._examples} examples, without "
-                "which no example's gradient can be told apart"
-            )
-        wide = torch.promote_types(g.dtype, torch.float32)
-        if isinstance(leaf, nn.Linear):
-            x, g = _tokens(inputs[-1]), _tokens(g)
-            if (name := self.names.get(id(leaf.weight))) is not None:
-                few = Outer.pays(x.shape[1], *leaf.weight.shape) and name not in self._held
-                self._add(
-                    name, Outer(x.to(wide), g.to(wide)) if few else Whole(*sample_grads(x, g))
-                )
-            if leaf.bias is not None and (name := self.names.get(id(leaf.bias))) is not None:
-                self._add(name, Whole(g.to(wide).sum(1)))
-            return
-        grads = SAMPLERS[type(leaf)](leaf, tuple(x.to(wide) for x in inputs), g.to(wide))
-        for parameter, held in grads.items():
-            self._add(self.names[id(parameter)], Whole(held))
-
-    def _add(self, name: str, piece: Piece) -> None:
-        held = self._held.get(name)
-        self._held[name] = piece if held is None else Whole(held.whole() + piece.whole())
-
-    def _owned(self, leaf: nn.Module) -> str:
-        return ", ".join(
-            self.names[id(p)] for p in leaf.parameters(recurse=False) if id(p) in self.names
-        )
+    def owned(self, leaf: nn.Module) -> dict[str, str]:
+        return {
+            own: self.names[id(parameter)]
+            for own, parameter in leaf.named_parameters(recurse=False)
+            if id(parameter) in self.names
+        }
 
 
 class Hooks(PerSample):
@@ -195,7 +152,7 @@ class Hooks(PerSample):
             grads = getattr(parameter, "grad_sample", None)
             if grads is not None:
                 found[name] = Whole(grads.to(torch.promote_types(grads.dtype, torch.float32)))
-        _need_all(self.names.values(), found)
+        need_all(self.parameters, found)
         return found
 
 
@@ -232,47 +189,3 @@ def hooks_misfit(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> st
     if getattr(model, "is_gradient_checkpointing", False):
         return "hooks do not see activations that are computed again (gradient checkpointing)"
     return ""
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on y; on the way back it hands over x and the gradient of y."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, wake: Tensor, hand: Callable[..., None], *x: Tensor) -> Tensor:
-        ctx.hand = hand
-        ctx.save_for_backward(*x)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # only once: where activations are recomputed, a second look is an error
-        saved = ctx.saved_tensors
-        ctx.hand(saved, grads[0])
-        return (grads[0], *(None for _ in range(2 + len(saved))))
-
-
-def _tapped(
-    leaf: nn.Module,
-    forward: Callable[..., Tensor],
-    wake: Tensor,
-    take: Callable[[nn.Module, tuple[Tensor, ...], Tensor], None],
-    *inputs: Tensor,
-) -> Tensor:
-    y = forward(*inputs)
-    detached = (x.detach() for x in inputs)
-    return _Tap.apply(y, wake, partial(take, leaf), *detached)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _need_all(names: Any, found: Mapping[str, Piece]) -> None:
-    missing = sorted(set(names) - set(found))
-    if missing:
-        raise TrainingError(
-            f"the loss does not reach {missing[0]} ({len(missing)} trained parameters in all), so "
-            "that noise alone would move it; train only what the model uses, or build the "
-            "adapter again if the model was changed after it"
-        )
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """(N, ..., f) -> (N, T, f)."""
-    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)

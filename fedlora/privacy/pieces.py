@@ -3,10 +3,11 @@
 To clip, only the norm of every example's gradient and one weighted sum are needed. A piece
 gives both without saying how it holds the gradients.
 
-Shapes: N examples, T tokens, o and i outputs and inputs of a linear layer.
+Shapes: N examples, T tokens, o and i outputs and inputs of a linear layer; K clients, whose
+examples stand client after client, n of each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -27,6 +28,14 @@ class Piece(Protocol):
 
         Args:
             weights: (N,). An example of weight 0 may hold anything, also NaN.
+        """
+        ...
+
+    def client_sums(self, weights: Tensor) -> Tensor:
+        """`weighted_sum` over the examples of every client, (K, *shape).
+
+        Args:
+            weights: (K, n). An example of weight 0 may hold anything, also NaN.
         """
         ...
 
@@ -52,6 +61,11 @@ class Whole:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return weighted_sum(self.grads, weights)
+
+    def client_sums(self, weights: Tensor) -> Tensor:
+        grads = _taken(self.grads.to(weights.dtype), weights)
+        sums = weights[:, None] @ grads.reshape(*weights.shape, -1)  # (K, 1, P)
+        return sums.view(len(weights), *grads.shape[1:])
 
     def whole(self) -> Tensor:
         return self.grads
@@ -90,6 +104,12 @@ class Outer:
         scaled = g * weights[:, None, None]
         return scaled.flatten(0, 1).mT @ x.flatten(0, 1)
 
+    def client_sums(self, weights: Tensor) -> Tensor:
+        x, g = _taken(self.x, weights), _taken(self.g, weights)
+        scaled = g * weights.view(-1, 1, 1)
+        of_clients = (len(weights), -1)
+        return scaled.reshape(*of_clients, g.shape[2]).mT @ x.reshape(*of_clients, x.shape[2])
+
     def whole(self) -> Tensor:
         return self.g.mT @ self.x
 
@@ -105,7 +125,34 @@ def clipped_sum(pieces: Mapping[str, Piece], clip: float) -> tuple[dict[str, Ten
         pieces: parameter name -> its gradients; at least one.
         clip: C.
     """
-    norms = torch.stack([piece.squared_norms() for piece in pieces.values()]).sum(0).sqrt()
-    finite = norms.isfinite()
-    weights = torch.where(finite, (clip / (norms + 1e-6)).clamp_max(1.0), 0.0)
+    norms = _norms(pieces)
+    weights = _weights(norms, clip)
     return {name: piece.weighted_sum(weights) for name, piece in pieces.items()}, norms
+
+
+def clipped_client_sums(pieces: Mapping[str, Piece], clips: Sequence[float]) -> dict[str, Tensor]:
+    """`clipped_sum` over the examples of every client by itself, (K, *shape) by parameter.
+
+    Args:
+        pieces: parameter name -> the gradients of as many examples of each client; at least one.
+        clips: C of every client.
+    """
+    norms = _norms(pieces)
+    weights = _weights(norms.view(len(clips), -1), norms.new_tensor(clips)[:, None])
+    return {name: piece.client_sums(weights) for name, piece in pieces.items()}
+
+
+def _norms(pieces: Mapping[str, Piece]) -> Tensor:
+    return torch.stack([piece.squared_norms() for piece in pieces.values()]).sum(0).sqrt()
+
+
+def _weights(norms: Tensor, clip: float | Tensor) -> Tensor:
+    return torch.where(norms.isfinite(), (clip / (norms + 1e-6)).clamp_max(1.0), 0.0)
+
+
+def _taken(values: Tensor, weights: Tensor) -> Tensor:
+    """`values` (N, ...) with zeros for examples of weight 0: 0 times NaN is NaN."""
+    taken = weights.flatten() != 0
+    if bool(taken.all()):
+        return values
+    return values.where(taken.view(-1, *[1] * (values.dim() - 1)), 0.0)

@@ -1,8 +1,7 @@
 """Cohort: the local training of several clients in one forward and backward pass per step.
 
-Their adapters stand side by side on one frozen base, and every client keeps its own data,
-loss, clipping, learning rate and optimiser state. What is computed for one client depends on
-nothing of another one, so that the result is that of `train` up to rounding.
+Every client keeps its own data, loss, clipping, learning rate and optimiser state, so that the
+result is that of `train` up to rounding; see `CohortBase`.
 """
 
 import math
@@ -20,11 +19,8 @@ from fedlora.data.example import IGNORE, Batch
 from fedlora.data.order import batch_order, example_lengths, loader
 from fedlora.errors import TrainingError
 from fedlora.seeds import generator
+from fedlora.training.cohort_base import CohortBase
 from fedlora.training.loss import token_losses
-from fedlora.training.memory import Shares
-from fedlora.training.mode import training_mode
-from fedlora.training.optimizer import learning_rate
-from fedlora.training.rows import Rows
 from fedlora.training.trainer import LocalResult, Training, diverged
 
 # of every client: summed losses, and how much they are sums over
@@ -35,27 +31,15 @@ _Sums = tuple[list[float], list[int]]
 class _Client:
     """One client under way: where it stands, and what it has seen."""
 
-    place: int
-    training: Training
     batches: Iterator[Batch]
     key: int = 0
     loss: float = 0.0
     count: int = 0
-    rate_sum: float = 0.0
     error: TrainingError | None = None
 
 
-class Cohort:
-    """Trains several clients on one model.
-
-    Args:
-        adapted: the model, without an `obstacle`.
-        trainings: of the same spec, folds, factors and multipliers of the learning rate.
-        settings: how to train; the same for all.
-        task: the model's task.
-        pad_id: padding token.
-        width: most clients in one forward pass; halved when memory runs out.
-    """
+class Cohort(CohortBase):
+    """Trains several clients on one model; see `CohortBase` for the arguments."""
 
     def __init__(
         self,
@@ -67,50 +51,8 @@ class Cohort:
         pad_id: int,
         width: int,
     ) -> None:
-        self.adapted = adapted
-        self.settings = settings
-        self.task = task
-        self.pad_id = pad_id
-        self._shares = Shares(width)
-        # who has more steps comes first, so that the active ones are always the first rows
-        order = sorted(range(len(trainings)), key=lambda i: -trainings[i].work.steps)
-        self._clients = [
-            _Client(place, trainings[place], self._batches(trainings[place])) for place in order
-        ]
-
-    def train(self) -> list[LocalResult | TrainingError]:
-        """The result of every training, in the order they were given."""
-        first = self._clients[0].training
-        first.put(self.adapted)
-        trained = self.adapted.train_only(first.work.factors)
-        start = [client.training.start.tensors for client in self._clients]
-        frozen = {
-            name: torch.stack([tensors[name] for tensors in start])
-            for name in start[0]
-            if name not in trained and not all(torch.equal(start[0][name], t[name]) for t in start)
-        }
-        like = next(iter(trained.values()))
-        self._rows = Rows(
-            {name: parameter.shape for name, parameter in trained.items()},
-            start,
-            [client.training.moments for client in self._clients],
-            self.settings,
-            first.work.rates,
-            like,
-        )
-        self._frozen = {name: value.to(like) for name, value in frozen.items()}
-        self._parameters = {
-            row: self._rows.parameters(row)
-            for row, client in enumerate(self._clients)
-            if client.training.work.terms
-        }
-        stacked = StackedModel(self.adapted, [*trained, *frozen])
-        checkpointing = self.settings.gradient_checkpointing
-        with training_mode(self.adapted, checkpointing=checkpointing), stacked:
-            for step in range(first.work.steps):
-                self._step(stacked, step)
-        found = {client.place: self._result(row) for row, client in enumerate(self._clients)}
-        return [found[place] for place in sorted(found)]
+        super().__init__(adapted, trainings, settings, task=task, pad_id=pad_id, width=width)
+        self._clients = [_Client(self._batches(training)) for training in self.trainings]
 
     def _batches(self, training: Training) -> Iterator[Batch]:
         work = training.work
@@ -123,15 +65,13 @@ class Cohort:
         )
         return loader(training.examples, order, self.pad_id, self.settings.num_workers)
 
-    def _step(self, stacked: StackedModel, step: int) -> None:
-        active = sum(client.training.work.steps > step for client in self._clients)
+    def _step(self, stacked: StackedModel, step: int, active: int) -> None:
         clients = self._clients[:active]
         counts = [0] * active
-        gradients = self._rows.gradients
         for index in range(self.settings.accumulation):
             batches = [next(client.batches) for client in clients]
-            for client in clients:
-                client.key = client.training.work.dropout_key(step, index)
+            for client, training in zip(clients, self.trainings, strict=False):
+                client.key = training.work.dropout_key(step, index)
 
             def share(rows: slice, batches: Sequence[Batch] = batches) -> _Sums:
                 # where memory runs out, nothing is added to the gradients yet
@@ -141,25 +81,13 @@ class Cohort:
                 for place, row in enumerate(range(rows.start, rows.stop)):
                     clients[row].loss += sums[place]
                     counts[row] += seen[place]
-        divisors = torch.tensor([max(1, count) for count in counts])
-        gradients[:active] /= divisors.to(gradients)[:, None]
-        rates = []
+        gradients = self.rows.gradients[:active]
+        gradients /= torch.tensor([max(1, count) for count in counts]).to(gradients)[:, None]
         for row, client in enumerate(clients):
-            work = client.training.work
             if client.error is None and not math.isfinite(client.loss):
-                client.error = diverged(work, step, client.loss)
+                client.error = diverged(self.trainings[row].work, step, client.loss)
             client.count += counts[row]
-            rate = learning_rate(self.settings, work.first_step + step, work.total_steps)
-            client.rate_sum += rate
-            rates.append(rate)
-            for term in work.terms:
-                term.edit_gradients(self._parameters[row])
-        if self.settings.max_grad_norm:
-            self._rows.clip(self.settings.max_grad_norm, active)
-        self._rows.move(rates)
-        for row, client in enumerate(clients):
-            for term in client.training.work.terms:
-                term.after_step(self._parameters[row])
+        self._move(step, active, clip=self.settings.max_grad_norm)
 
     def _pass(
         self,
@@ -172,18 +100,18 @@ class Cohort:
         room = max(len(batch.target) for batch in batches)
         values = {
             name: value.detach().requires_grad_()
-            for name, value in self._rows.tensors(self._rows.values, rows).items()
+            for name, value in self.rows.tensors(self.rows.values, rows).items()
         }
-        stacked.hold({**values, **{name: value[rows] for name, value in self._frozen.items()}})
+        self._hold(stacked, values, rows)
         self.adapted.key_dropout(*(client.key for client in clients), room=room)
-        device = self._rows.values.device
+        device = self.rows.values.device
         batch = join(batches, self.pad_id).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             each = token_losses(self.adapted.model, batch, self.task)
         sums = each.losses.view(len(clients), -1).sum(1)  # (K,)
         # each client's loss reaches its own factors alone, so their sum has all the gradients
         found = torch.autograd.grad(sums.sum(), list(values.values()), allow_unused=True)
-        self._rows.add(rows, dict(zip(values, found, strict=True)))
+        self.rows.add(rows, dict(zip(values, found, strict=True)))
         counts = each.counted.view(len(clients), -1).sum(1)
         return sums.detach().tolist(), counts.tolist()
 
@@ -191,14 +119,7 @@ class Cohort:
         client = self._clients[row]
         if client.error is not None:
             return client.error
-        trained = self._rows.client(self._rows.values, row)
-        return LocalResult(
-            client.loss / client.count if client.count else None,
-            client.count,
-            client.rate_sum,
-            {**client.training.start.tensors, **trained},
-            self._rows.moments(row),
-        )
+        return self._left(row, client.loss / client.count if client.count else None, client.count)
 
 
 def join(batches: Sequence[Batch], pad_id: int) -> Batch:

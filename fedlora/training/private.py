@@ -6,6 +6,7 @@ and its optimiser divides by a rounded batch size (which may be zero).
 """
 
 from collections.abc import Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,13 @@ from fedlora.privacy.made_up import made_up
 from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.per_sample import PerSample, per_sample
 from fedlora.training.loss import example_losses
-from fedlora.training.memory import out_of_memory
+from fedlora.training.memory import in_halves
 from fedlora.training.mode import training_mode
 from fedlora.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
-from fedlora.training.trainer import LocalResult, LocalWork, move
+from fedlora.training.trainer import LocalResult, LocalWork, Training, move
+
+# models whose examples were seen not to depend on each other
+_ADDITIVE: "WeakSet[nn.Module]" = WeakSet()
 
 
 class PrivateTrainer:
@@ -117,21 +121,18 @@ class PrivateTrainer:
         """The clipped sum over a batch, from micro-batches; nothing for an empty batch."""
         sums: dict[str, Tensor] = {}
         size = settings.batch_size
-        todo = [batch[i : i + size] for i in range(0, len(batch), size)]
-        while todo:
-            numbers = todo.pop(0)
+
+        def clipped(numbers: Sequence[int]) -> dict[str, Tensor]:
             try:
-                part = self.clipped(listening, numbers, settings)
-            except RuntimeError as e:
+                return self.clipped(listening, numbers, settings)
+            finally:
                 listening.begin(0)
-                if len(numbers) == 1 or not out_of_memory(e):
-                    raise
-                # still the same step: the same batch, and noise is drawn once, at its end
-                half = len(numbers) // 2
-                todo[:0] = [numbers[:half], numbers[half:]]
-                continue
-            for name, value in part.items():
-                sums[name] = sums[name] + value if name in sums else value
+
+        for first in range(0, len(batch), size):
+            # halved within the step: the same batch, and noise is drawn once, at its end
+            for part in in_halves(batch[first : first + size], clipped):
+                for name, value in part.items():
+                    sums[name] = sums[name] + value if name in sums else value
         return sums
 
     def clipped(
@@ -145,9 +146,7 @@ class PrivateTrainer:
             losses = self.losses(inputs)
         # the sum: a mean would scale every gradient by the size of the batch
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        sums = self.mechanism.clipped(listening.pieces())
-        listening.begin(0)
-        return sums
+        return self.mechanism.clipped(listening.pieces())
 
     def losses(self, inputs: Batch) -> Tensor:
         """Each example's own loss, (n,)."""
@@ -197,6 +196,34 @@ class PrivateTrainer:
                     f"{name} did not move in a private step, so the optimiser trains something "
                     "else than the model; build the model and the adapter again"
                 )
+
+
+def train_private(
+    adapted: AdaptedModel, training: Training, settings: TrainingSection, *, task: str, pad_id: int
+) -> LocalResult:
+    """Does a training that has a mechanism; see `PrivateTrainer`."""
+    training.put(adapted)
+    trainer = check_private_training(adapted, training, settings, task=task, pad_id=pad_id)
+    return trainer.train(training.work, settings, training.moments)
+
+
+def check_private_training(
+    adapted: AdaptedModel, training: Training, settings: TrainingSection, *, task: str, pad_id: int
+) -> PrivateTrainer:
+    """The trainer of a training, which the model must already hold.
+
+    Raises:
+        TrainingError: the model or its adapter makes examples depend on each other, which is
+            looked for once per model.
+    """
+    assert training.mechanism is not None, "a private training has a mechanism"
+    trainer = PrivateTrainer(
+        adapted, training.examples, training.mechanism, task=task, pad_id=pad_id
+    )
+    if adapted.model not in _ADDITIVE:
+        trainer.check_additive(training.work.factors, settings)
+        _ADDITIVE.add(adapted.model)
+    return trainer
 
 
 def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

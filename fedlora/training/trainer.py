@@ -12,6 +12,7 @@ from fedlora.config.job import TrainingSection
 from fedlora.data.example import Example
 from fedlora.data.order import batch_order, example_lengths, loader
 from fedlora.errors import TrainingError
+from fedlora.privacy.mechanism import Mechanism
 from fedlora.seeds import derive_seed, generator
 from fedlora.training.compiled import compiled_layers
 from fedlora.training.loss import loss_sum
@@ -90,6 +91,7 @@ class Training:
         examples: at least one.
         work: how much, and its random streams.
         moments: optimiser state to continue from.
+        mechanism: if what is trained is to be private to each example, what makes it so.
     """
 
     start: AdapterState
@@ -97,6 +99,7 @@ class Training:
     examples: Sequence[Example]
     work: LocalWork
     moments: Tensors
+    mechanism: Mechanism | None = None
 
     def put(self, adapted: AdaptedModel) -> None:
         """Makes a model of the same base the one to begin with."""

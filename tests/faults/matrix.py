@@ -291,6 +291,7 @@ MATRIX = (
                 "training/test_cohort",
                 "a_cohort_that_does_not_fit_is_halved_within_the_step",
             ),
+            *of("training/test_private_cohort", "memory_that_runs_out_changes_nothing"),
         ),
     ),
     Row(

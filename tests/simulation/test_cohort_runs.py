@@ -121,7 +121,7 @@ def test_a_client_that_diverges_does_so_alone(both):
     ("sections", "why"),
     [
         ({"adapter": {"method": "bone-col"}}, "for every client"),
-        ({"privacy": {"epsilon": 8.0, "delta": 1e-3, "noise": "test"}}, "record-level privacy"),
+        ({"privacy": {"epsilon": 8.0, "per_sample": "hooks"}}, "sees the examples of one client"),
         ({"federation": {"mode": "async", "buffer": 2}}, "asynchronous"),
     ],
 )
