@@ -31,8 +31,8 @@ from fedlora.adapter import Tensors
 from fedlora.config.job import CompressionSection
 from fedlora.errors import CodeError
 from fedlora.messages import Coding, Compression
+from fedlora.ops.delta_codec import BLOCK, decode, quantise
 
-BLOCK = 64
 VALUES, SCALE, INDEX = "values", "scale", "index"
 
 _DTYPES = {
@@ -42,8 +42,6 @@ _DTYPES = {
     "int4": torch.uint8,
 }
 _LEVELS = {"int8": 127, "int4": 7}
-# below it, a scale would have fewer than 8 significant bits
-_LEAST_SCALE = 2.0**-126
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -84,7 +82,7 @@ def compress(tensors: Tensors, coding: Coding) -> dict[str, Tensor]:
             parts[INDEX].append(_index(kept, flat.numel()))
             flat = flat[kept]
         if coding.scheme in _LEVELS:
-            codes, scales = _quantised(flat, _LEVELS[coding.scheme])
+            codes, scales = quantise(flat, _LEVELS[coding.scheme])
             parts[SCALE].append(scales)
             flat = _packed(codes) if coding.scheme == "int4" else codes
         parts[VALUES].append(flat.to(_DTYPES[coding.scheme]))
@@ -158,24 +156,13 @@ def _largest(flat: Tensor, kept: int) -> Tensor:
     return order[:kept].sort().values
 
 
-def _quantised(flat: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """(codes in -levels..levels, int8; scale of each block, bfloat16)."""
-    blocks = pad(flat, (0, -flat.numel() % BLOCK)).reshape(-1, BLOCK)
-    # rounded to bfloat16, max / scale still rounds to `levels`, or exceeds it by less than 1/2
-    scales = (blocks.abs().amax(1) / levels).to(torch.bfloat16)
-    scales[scales.float() < _LEAST_SCALE] = 0.0
-    codes = (blocks / scales.float()[:, None]).round().clamp(-levels, levels)
-    codes = torch.where(scales[:, None] == 0, 0.0, torch.nan_to_num(codes, 0.0))
-    return codes.reshape(-1)[: flat.numel()].to(torch.int8), scales
-
-
 def _multiplied(name: str, codes: Tensor, scales: Tensor, levels: int) -> Tensor:
     if bool((codes < -levels).any()):
         raise CodeError(f"{name} has a code below {-levels}; expected {-levels} to {levels}")
     wide = scales.float()
     if not bool(torch.isfinite(wide).all()) or bool(torch.signbit(wide).any()):
         raise CodeError(f"{name} has a scale that is negative or not finite")
-    return codes.float() * wide.repeat_interleave(BLOCK)[: codes.numel()]
+    return decode(codes, scales)
 
 
 def _packed(codes: Tensor) -> Tensor:
