@@ -210,6 +210,25 @@ def test_scales_at_random_are_rounded_up(impl, levels):
 
 
 @both
+def test_scales_between_two_numbers_go_to_the_even_one(impl, levels):
+    exact = 1.0 + torch.tensor([1.0, 3.0, 5.0]) * 2.0**-8
+    x = torch.zeros(3, BLOCK)
+    x[:, 9] = levels * exact
+    scales = quantise(x.flatten(), levels)[1]
+    same(scales.float(), 1.0 + torch.tensor([0.0, 4.0, 4.0]) * 2.0**-8)
+
+
+@both
+def test_no_entry_is_beyond_the_last_multiple(impl, levels):
+    """Also not the next number above the last multiple of a scale that would do otherwise."""
+    x = torch.zeros(128, BLOCK)
+    last = levels * (1.0 + torch.arange(128) / 128.0)
+    x[:, 9] = torch.nextafter(last, torch.tensor(float("inf")))
+    scales = quantise(x.flatten(), levels, random_key())[1]
+    assert bool((scales.double() * levels >= x[:, 9].double()).all())
+
+
+@both
 def test_what_is_not_finite_at_random(impl, levels):
     codes, scales, left = encode(strange(), levels, key=random_key())
     assert not bool(scales[3:].isfinite().any())
