@@ -31,7 +31,7 @@ from fedlora.adapter import Tensors
 from fedlora.config.job import CompressionSection
 from fedlora.errors import CodeError
 from fedlora.messages import Coding, Compression
-from fedlora.ops.delta_codec import BLOCK, decode, encode
+from fedlora.ops.delta_codec import BLOCK, decode, quantise
 
 VALUES, SCALE, INDEX = "values", "scale", "index"
 
@@ -82,9 +82,9 @@ def compress(tensors: Tensors, coding: Coding) -> dict[str, Tensor]:
             parts[INDEX].append(_index(kept, flat.numel()))
             flat = flat[kept]
         if coding.scheme in _LEVELS:
-            coded = encode(flat, _LEVELS[coding.scheme])
-            parts[SCALE].append(coded.scales)
-            flat = _packed(coded.codes) if coding.scheme == "int4" else coded.codes
+            codes, scales = quantise(flat, _LEVELS[coding.scheme])
+            parts[SCALE].append(scales)
+            flat = _packed(codes) if coding.scheme == "int4" else codes
         parts[VALUES].append(flat.to(_DTYPES[coding.scheme]))
     dtypes = coded_shapes({}, coding)[1]
     return {

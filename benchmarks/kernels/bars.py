@@ -2,7 +2,7 @@
 
 Predictions are of a roofline (790 TFLOP/s in bfloat16, 4.3 TB/s) over counted operations and
 bytes; a demand is some two thirds of the predicted gain. K are the LoRA linears of one decoder
-layer, M many clients together, D private steps, L the loss.
+layer, M many clients together, D private steps, L the loss; the codec is that of deltas.
 """
 
 from collections.abc import Mapping, Sequence
@@ -90,6 +90,10 @@ BARS = (
     _bar("L1 memory", "loss of 8,192 x 2,048 x 128,256: extra GiB", 0.6, 0.5, most=True),
     _bar("L1 time", "ours / logits and cross_entropy, times", 1.05, most=True),
     _bar("L1 Liger", "Liger's fused loss / ours, times", 1.0),
+    _bar("codec encode", "int8 with feedback, of a copy's bandwidth", 0.7),
+    _bar("codec encode at random", "the same rounded at random, of a copy's bandwidth", 0.7),
+    _bar("codec sum", "weighted sum of 16 coded updates, of a copy's bandwidth", 0.7),
+    _bar("codec bytes", "read and written by int8 with feedback, for an entry", 13.1, most=True),
 )
 
 

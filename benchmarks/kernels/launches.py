@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.ops import dp_lora_grads, row_ops
 from fedlora.ops.client_adamw import AdamWBuffers, AdamWStep, client_adamw_
-from fedlora.ops.delta_codec import encode
+from fedlora.ops.delta_codec import decode_sum, encode
 from fedlora.ops.dropout_mask import Dropout
 from fedlora.ops.ds_db import grouped_ds_db
 from fedlora.ops.linear_ce import linear_ce
@@ -79,7 +79,8 @@ class Launches:
 
     def delta_codec(self) -> None:
         delta = self.normal(1031).float()
-        encode(delta, 127, delta.clone(), torch.tensor(3, device=self.device))
+        codes, scales, _ = encode(delta, 127, delta.clone(), torch.tensor(3, device=self.device))
+        decode_sum(codes[None], scales[None], torch.ones(1, device=self.device))
 
 
 # names of the modules of `fedlora.ops.kernels`

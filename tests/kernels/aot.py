@@ -42,7 +42,11 @@ def usage(case, target):
     made = triton.compile(
         ASTSource(case.kernel, signature, constants),
         target=GPUTarget("cuda", target, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "enable_fp_fusion": case.fused,
+        },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -15,6 +15,7 @@ class AotCase:
         constexprs: the constants, by name.
         num_warps: of a program.
         num_stages: of its loops' pipelines.
+        fused: whether a product and a sum may become one operation, which rounds once.
     """
 
     kernel: Any
@@ -22,3 +23,4 @@ class AotCase:
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    fused: bool = True

@@ -1,117 +1,196 @@
-"""A delta as integers, one scale a block; every number is read and written once."""
+"""Coding in one pass, and the weighted sum of many clients' codes in another.
+
+The arithmetic is that of `fedlora.ops.delta_codec` to the last bit, so nothing is contracted
+into a fused multiply-add. Scales are made of their bits: every device then rounds them alike.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora.ops import delta_codec, dropout_mask
+from fedlora.ops import dropout_mask
 from fedlora.ops.kernels.aot_case import AotCase
 
-BLOCK = tl.constexpr(delta_codec.BLOCK)
-LEAST_SCALE = tl.constexpr(delta_codec.LEAST_SCALE)
+BLOCK = 64
+ROWS = 16
+WARPS = 4
+# the least normal number, infinity, and NaN, as bits of bfloat16
+LEAST = tl.constexpr(0x0080)
+NAN = tl.constexpr(0x7FC0)
 ROUNDS = tl.constexpr(dropout_mask.ROUNDS)
-# blocks of a program, and warps
-BLOCKS, WARPS = 8, 4
+# sums with it have no place for fractions: 1.5 * 2**23
+WHOLE = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def encode_kernel(
-    delta,  # (N,) float32
-    owed,  # (N,) float32, or anything without OWED
-    key,  # int64, or anything without RANDOM
-    codes,  # (N,) int8
-    scales,  # (M,) bfloat16, as int16
-    left,  # (N,) float32, or anything without OWED
-    N,
-    M,
-    levels,  # float32
+    delta,  # (n,) float32
+    owed,  # (n,) float32, or anything without OWED
+    key,  # () int64, or anything without RANDOM
+    codes,  # (n,) int8
+    scales,  # (n64,) int16: bfloat16 by its bits
+    left,  # (n,) float32, or anything without FEEDBACK
+    n,
+    LEVELS: tl.constexpr,
     OWED: tl.constexpr,
     RANDOM: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    FEEDBACK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [BLOCKS, BLOCK]
-    inside = at < N
-    x = tl.load(delta + at, mask=inside, other=0.0)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = at < n
+    x = tl.load(delta + at, mask=mask, other=0.0)
     if OWED:
-        x += tl.load(owed + at, mask=inside, other=0.0)
-    # a maximum that loses no NaN: it is the only number that differs from itself
-    largest = tl.max(tl.where(x == x, tl.abs(x), 0.0), 1)
-    strange = tl.max((x != x).to(tl.int32), 1) > 0
-    wanted = tl.div_rn(largest, levels + tl.zeros_like(largest))
-    bits = wanted.to(tl.int32, bitcast=True)
-    # by hand, as the interpreter cuts off where a GPU rounds
+        x += tl.load(owed + at, mask=mask, other=0.0)
+    # a maximum does not carry NaN along everywhere
+    broken = tl.max((x != x).to(tl.int32), axis=1) != 0
+    size = tl.where(x == x, tl.abs(x), 0.0)
+    largest = tl.max(size, axis=1)
+    bits = tl.div_rn(largest, tl.full((ROWS,), LEVELS, tl.float32)).to(tl.int32, bitcast=True)
     if RANDOM:
-        rounded = (bits + 0xFFFF) & -65536
+        short = (bits + 0xFFFF) >> 16
+        short = tl.where((largest > 0) & (short < LEAST), LEAST, short)
     else:
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    rounded = tl.where(wanted < float("inf"), rounded, bits)
-    rounded = tl.where(strange, 0x7FC00000, rounded)
-    scale = rounded.to(tl.float32, bitcast=True)
-    scale = tl.where(scale < LEAST_SCALE, 0.0, scale)
-    tl.store(scales + block, (scale.to(tl.int32, bitcast=True) >> 16).to(tl.int16), mask=block < M)
-    wide = scale[:, None] + tl.zeros_like(x)
-    steps = tl.div_rn(x, tl.where(wide > 0.0, wide, 1.0))
-    steps = tl.where((steps == steps) & (wide > 0.0), steps, 0.0)
-    steps = tl.minimum(tl.maximum(steps, -levels - 1.0), levels + 1.0)
+        short = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        short = tl.where(short < LEAST, 0, short)
+    short = tl.where(broken, NAN, short)
+    tl.store(scales + rows, short.to(tl.int16), mask=rows * BLOCK < n)
+    scale = (short << 16).to(tl.float32, bitcast=True)[:, None]
+    coded = (short > 0) & (short < 0x7F80)
+    # a block that is not coded is divided by 1, and not by what no quotient is of
+    size = tl.where(coded[:, None], size, 0.0)
+    steps = tl.div_rn(size, tl.where(coded[:, None], scale, 1.0))
+    steps = tl.minimum(steps, tl.full((ROWS, BLOCK), LEVELS, tl.float32))
     if RANDOM:
-        group = (block[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]).to(tl.int32)
-        zero = tl.zeros_like(group)
-        w0, w1, w2, w3 = tl.philox(tl.load(key), group, zero, zero, zero, n_rounds=ROUNDS)
-        words = tl.join(tl.join(w0 >> 8, w2 >> 8), tl.join(w1 >> 8, w3 >> 8))
-        draws = (
-            tl.reshape(words, (BLOCKS, BLOCK)).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+        groups = rows[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+        zero = tl.zeros((ROWS, BLOCK // 4), dtype=tl.int32)
+        w0, w1, w2, w3 = tl.philox(
+            tl.load(key),
+            groups.to(tl.int32),
+            (groups >> 32).to(tl.int32),
+            zero,
+            zero,
+            n_rounds=ROUNDS,
         )
-        code = tl.floor(steps + draws)
+        # joined dimensions are high and low bit of the word
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, BLOCK))
+        draws = (words >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
+        below = tl.floor(steps)
+        steps = below + (draws < steps - below).to(tl.float32)
     else:
-        # to the nearest, ties to even: adding 1.5 * 2**23 leaves no bits below one
-        code = (steps + 12582912.0) - 12582912.0
-    code = tl.minimum(tl.maximum(code, -levels), levels)
-    tl.store(codes + at, code.to(tl.int8), mask=inside)
-    if OWED:
-        tl.store(left + at, x - code * wide, mask=inside)
+        steps = (steps + WHOLE) - WHOLE
+    steps = tl.where(x < 0, -steps, steps)
+    tl.store(codes + at, steps.to(tl.int8), mask=mask)
+    if FEEDBACK:
+        tl.store(left + at, x - steps * scale, mask=mask)
 
 
 def encode(
-    delta: Tensor, owed: Tensor | None, key: Tensor | None, levels: int
+    delta: Tensor, levels: int, owed: Tensor | None, key: Tensor | None, feedback: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and what is owed; see `fedlora.ops.delta_codec`."""
-    delta = delta.contiguous()
+    """Codes (n,), scales (n64,) and, with `feedback`, what is owed; see `fedlora.ops`."""
     n = delta.numel()
-    m = triton.cdiv(n, delta_codec.BLOCK)
+    blocks = triton.cdiv(n, BLOCK)
+    delta = delta.contiguous()
     codes = torch.empty(n, dtype=torch.int8, device=delta.device)
-    scales = torch.empty(m, dtype=torch.int16, device=delta.device)
-    left = torch.empty(0 if owed is None else n, dtype=delta.dtype, device=delta.device)
-    if n:
-        encode_kernel[(triton.cdiv(m, BLOCKS),)](
-            delta,
-            delta if owed is None else owed.contiguous(),
-            delta if key is None else key,
-            codes,
-            scales,
-            delta if owed is None else left,
-            n,
-            m,
-            float(levels),
-            OWED=owed is not None,
-            RANDOM=key is not None,
-            BLOCKS=BLOCKS,
-            num_warps=WARPS,
-        )
-    return codes, scales.view(torch.bfloat16), left
-
-
-AOT = tuple(
-    AotCase(
-        encode_kernel,
-        {
-            **{"delta": "*fp32", "owed": "*fp32", "key": "*i64", "codes": "*i8"},
-            **{"scales": "*i16", "left": "*fp32", "N": "i32", "M": "i32", "levels": "fp32"},
-        },
-        {"OWED": owed, "RANDOM": random, "BLOCKS": BLOCKS},
-        WARPS,
+    scales = torch.empty(blocks, dtype=torch.bfloat16, device=delta.device)
+    left = torch.empty(n if feedback else 0, dtype=torch.float32, device=delta.device)
+    encode_kernel[(triton.cdiv(blocks, ROWS),)](
+        delta,
+        delta if owed is None else owed.contiguous(),
+        delta if key is None else key,
+        codes,
+        scales.view(torch.int16),
+        left,
+        n,
+        LEVELS=levels,
+        OWED=owed is not None,
+        RANDOM=key is not None,
+        FEEDBACK=feedback,
+        ROWS=ROWS,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
     )
-    for owed in (True, False)
-    for random in (True, False)
+    return codes, scales, left
+
+
+@triton.jit
+def decode_sum_kernel(
+    codes,  # (K, n) int8
+    scales,  # (K, n64) int16: bfloat16 by its bits
+    weights,  # (K,) float32
+    out,  # (n,) float32
+    K,
+    n,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for k in range(0, K):
+        weight = tl.load(weights + k)
+        # not a product with zero, which NaN survives
+        end = tl.where(weight != 0, n, 0)
+        short = tl.load(scales + rows, mask=rows * BLOCK < end, other=0).to(tl.int32)
+        factor = (short << 16).to(tl.float32, bitcast=True) * weight
+        code = tl.load(codes + at, mask=at < end, other=0)
+        total += code.to(tl.float32) * factor[:, None]
+        codes += n
+        scales += tl.cdiv(n, BLOCK)
+    tl.store(out + at, total, mask=at < n)
+
+
+def decode_sum(codes: Tensor, scales: Tensor, weights: Tensor) -> Tensor:
+    """sum_k w_k scale_k code_k (n,) in float32; see `fedlora.ops.delta_codec`."""
+    count, n = codes.shape
+    out = torch.empty(n, dtype=torch.float32, device=codes.device)
+    decode_sum_kernel[(triton.cdiv(n, BLOCK * ROWS),)](
+        codes.contiguous(),
+        scales.contiguous().view(torch.int16),
+        weights,
+        out,
+        count,
+        n,
+        ROWS=ROWS,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+_TILE = {"ROWS": ROWS, "BLOCK": BLOCK}
+AOT = (
+    *(
+        AotCase(
+            encode_kernel,
+            {
+                **dict.fromkeys(("delta", "owed", "left"), "*fp32"),
+                **{"key": "*i64", "codes": "*i8", "scales": "*i16", "n": "i64"},
+            },
+            {
+                "LEVELS": levels,
+                **{"OWED": feedback, "RANDOM": random, "FEEDBACK": feedback},
+                **_TILE,
+            },
+            WARPS,
+            fused=False,
+        )
+        for levels, feedback, random in ((127, True, True), (127, False, False), (7, True, False))
+    ),
+    AotCase(
+        decode_sum_kernel,
+        {
+            **{"codes": "*i8", "scales": "*i16", "weights": "*fp32", "out": "*fp32"},
+            **{"K": "i32", "n": "i64"},
+        },
+        _TILE,
+        WARPS,
+        fused=False,
+    ),
 )
