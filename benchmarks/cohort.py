@@ -112,7 +112,7 @@ def _child(fields: Mapping[str, Any], folder: Path) -> None:
 
 
 # hidden width, texts of a step, tokens of a text
-SIZES = ((64, 4, 16), (128, 4, 16), (128, 8, 32), (256, 8, 32))
+SIZES = ((64, 4, 16), (128, 4, 16), (128, 4, 32), (256, 4, 16), (128, 8, 32), (256, 8, 32))
 
 
 def main() -> None:
