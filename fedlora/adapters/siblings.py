@@ -5,7 +5,6 @@ factors and sums its gradient in place; the others find their output waiting.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,56 +33,53 @@ class Siblings:
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self.layers = tuple(layers)
-        self._made_of: tuple[Any, ...] = ()
-        self._waiting: dict[str, Tensor] = {}
+        # layer's name -> what its output was made of, and the output
+        self._waiting: dict[str, tuple[_MadeOf, Tensor]] = {}
 
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """The output of one of the layers."""
-        name = layer.layer.name
-        made_of = self._all(x)
-        if name in self._waiting and _same(made_of, self._made_of):
-            y = self._waiting.pop(name)
-        else:
-            # what still waits is let go before there is more
-            self._waiting = {}
-            apart = any(member.disabled or not member.plain() for member in self.layers)
-            members = (layer,) if apart else self.layers
-            ys = lora_outputs(members, x)
-            self._waiting = {m.layer.name: y for m, y in zip(members, ys, strict=True)}
-            y = self._waiting.pop(name)
-        self._made_of = made_of if self._waiting else ()
-        return y
-
-    def _all(self, x: Tensor) -> tuple[Any, ...]:
-        """All that an output depends on, as far as it can change: tensors, and other facts."""
-        tensors: list[Any] = [x]
-        facts: list[Any] = [torch.is_grad_enabled(), compute_dtype(x)]
-        for layer in self.layers:
-            tensors += [layer.A.weight, layer.B.weight, layer.dropout.keys]
-            facts.append(layer.training)
-        facts += [t._version for t in tensors if t is not None and not t.is_inference()]
-        return (*tensors, tuple(facts))
+        held = self._waiting.pop(layer.layer.name, None)
+        if held is not None and held[0].same(_MadeOf(layer, x)):
+            return held[1]
+        # what still waits is let go before there is more
+        self._waiting = {}
+        if any(member.disabled or not member.plain() for member in self.layers):
+            return lora_outputs((layer,), x)[0]
+        for member, y in zip(self.layers, lora_outputs(self.layers, x), strict=True):
+            self._waiting[member.layer.name] = (_MadeOf(member, x), y)
+        return self._waiting.pop(layer.layer.name)[1]
 
 
-def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Of the same tensors, not of equal ones."""
-    return (
-        len(one) == len(other)
-        and all(a is b for a, b in zip(one[:-1], other[:-1], strict=True))
-        and one[-1] == other[-1]
-    )
+class _MadeOf:
+    """All that a layer's output depends on, as far as it can change: tensors, and other facts."""
+
+    def __init__(self, layer: LoraLayer, x: Tensor) -> None:
+        base = layer.base
+        weights = (layer.A.weight, layer.B.weight, base.weight, base.bias)
+        self.tensors = (x, *weights, layer.dropout.keys)
+        self.facts = (
+            torch.is_grad_enabled(),
+            compute_dtype(x),
+            layer.training,
+            # one that began to need a gradient has none in an output of before
+            *(t.requires_grad for t in self.tensors if isinstance(t, Tensor)),
+            *(t._version for t in self.tensors if isinstance(t, Tensor) and not t.is_inference()),
+        )
+
+    def same(self, other: "_MadeOf") -> bool:
+        """Of the same tensors, not of equal ones."""
+        return self.facts == other.facts and all(
+            a is b for a, b in zip(self.tensors, other.tensors, strict=True)
+        )
 
 
 def join_siblings(layers: Mapping[str, AdapterLayer]) -> None:
     """Makes LoRA layers of one input siblings, which also share their dropout's mask."""
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
+    for parent in sorted({name.rpartition(".")[0] for name in layers}):
         for names in ONE_INPUT:
-            if child != names[0]:
-                continue
-            found = [layers.get(f"{parent}.{other}" if parent else other) for other in names]
-            members = [m for m in found if type(m) is LoraLayer and m.layer.inp == layer.layer.inp]
-            if len(members) > 1 and type(layer) is LoraLayer:
+            found = [layers.get(f"{parent}.{name}" if parent else name) for name in names]
+            members = [layer for layer in found if type(layer) is LoraLayer]
+            if len(members) > 1 and len({member.layer.inp for member in members}) == 1:
                 _join(members)
 
 

@@ -119,10 +119,12 @@ def test_siblings_share_a_mask_and_other_layers_do_not():
     assert not torch.equal(q, gate)
 
 
-def test_part_of_the_siblings():
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "v_proj"]], ids=str)
+def test_part_of_the_siblings(targets, ops):
     """Those that have adapters."""
-    made = adapted(targets=["q_proj", "v_proj"])
+    made = adapted(targets=targets)
     found = results(made, "llama")
+    assert ops == [2, 2]
     for one, other in zip(found, results(apart(made), "llama"), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
@@ -131,7 +133,6 @@ def test_nothing_waits_after_a_pass():
     made = adapted()
     results(made, "llama")
     assert not any(layer.together._waiting for layer in made.layers.values() if layer.together)
-    assert not any(layer.together._made_of for layer in made.layers.values() if layer.together)
 
 
 def pair(made):
@@ -158,11 +159,13 @@ def test_another_input_is_computed_anew():
     assert slope.norm() > 0
 
 
-@pytest.mark.parametrize("change", ["input", "factor", "keys", "mode", "grad"])
+@pytest.mark.parametrize("change", ["input", "factor", "base", "keys", "mode", "grad", "trained"])
 def test_nothing_that_changed_meanwhile_is_missed(change):
     made = adapted(dropout=0.5)
     q, k = pair(made)
     x = draw(2, 3, 16, seed=1, dtype=torch.float64)
+    if change == "trained":
+        made.train_only(())
     with torch.set_grad_enabled(change != "grad"):
         q(x)
     if change == "input":
@@ -170,6 +173,11 @@ def test_nothing_that_changed_meanwhile_is_missed(change):
     elif change == "factor":
         with torch.no_grad():
             k.B.weight += 1.0
+    elif change == "base":
+        with torch.no_grad():
+            k.base.weight += 1.0
+    elif change == "trained":
+        made.train_only(("B",))
     elif change == "keys":
         made.key_dropout(8)
     elif change == "mode":
