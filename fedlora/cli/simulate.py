@@ -116,6 +116,7 @@ def _drive(federation: Federation, store: RunStore, view: LiveView) -> None:
         )
         sys.exit(EXIT_INTERRUPTED)
     finally:
+        gc.unfreeze()
         store.close()
 
 
